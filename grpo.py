@@ -1,0 +1,162 @@
+"""grpo.py: advantages, the clipped loss, and the replay that makes it trainable at constant memory.
+
+Group Relative Policy Optimisation. For G completions of one prompt with rewards R_i,
+
+    A_i  = (R_i - mean R) / (std R + eps)                      the group is its own baseline
+    r    = pi_new(y_t | C_t, S_t) / pi_old(y_t | C_t, S_t)     both of the cache-constrained policy
+    loss = - 1/N sum_rows sum_t  min(r A, clip(r, 1 - low, 1 + high) A)  + kl_coef * KL(pi_new || base)
+
+with N the tokens of the whole step, so the gradient does not depend on how rows are split into micro-batches.
+
+Replay (paper, section 3; the details ours). Between two evictions the state S_j and what may be evicted are fixed, so a
+rollout is replayed as a few segments, each one causal forward over (kept cache + segment): the first covers the prompt
+and W thoughts, each later one E thoughts. Keys and values are carried from the segment that made them, under the state
+of that time, and never recomputed under a newer one: that is what makes r exactly 1 before the first update
+(`logp_gap` shows it). They are detached, each segment's loss is backpropagated at once, and its activations are freed.
+
+The gradient through the memory is exact all the same: S_j is rebuilt for its segment from the evicted keys and values
+(constants, 2 * KV*D numbers a token, all that is kept), so backward runs through S_j -> ... -> S_0 into h_g, W_Q, W_K,
+W_V. `truncate = k` rebuilds only the last k evictions; then memory does not depend on the length of the thought at all.
+
+With one update per rollout r is 1, the clip never acts and this is plain policy gradient: `--inner-epochs 2` shows the
+clip at work. Left out: a value network, importance weights for a foreign sampler, asynchronous rollouts.
+
+Try it:  python train.py --inner-epochs 2
+"""
+from collections import deque
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from cache import SlidingCache
+from rollout import next_logits
+
+
+def group_advantages(rewards, group_size, use_std=True, eps=1e-4):
+    """rewards (N * G,) -> advantages (N * G,): reward minus the mean of its group, over its (population) std.
+
+    use_std=False is Dr. GRPO's: dividing by the std favours questions that are nearly always or never solved."""
+    groups = rewards.view(-1, group_size)                                       # (N, G)
+    centred = groups - groups.mean(dim=1, keepdim=True)
+    if use_std:
+        centred = centred / (groups.std(dim=1, keepdim=True, correction=0) + eps)
+    return centred.flatten()                                                    # (N * G,)
+
+
+def overlong_penalty(lengths, max_length, buffer):
+    """DAPO's soft punishment: 0 up to max_length - buffer tokens, then down to -1 at max_length. lengths (B,)."""
+    return ((max_length - buffer - lengths) / max(buffer, 1)).clamp(-1, 0)
+
+
+def clipped_loss(logps, old_logps, advantages, clip_low=0.2, clip_high=0.28):
+    """-min(r A, clip(r) A) for tokens (b, t) and advantages (b, 1). Returns it and where the clip took the gradient.
+
+    The minimum holds for both signs: a good token is not pushed above 1 + high, a bad one not below 1 - low."""
+    ratio = (logps - old_logps).exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return -torch.minimum(ratio * advantages, clipped * advantages), clipped * advantages < ratio * advantages
+
+
+def token_logps(model, hidden, tokens, n_ids, chunk=2048):
+    """log-probs (b, t) of tokens (b, t) given hidden states (b, t, C). Logits are the largest tensor of all (150k ids
+    in Qwen): they exist for one chunk of tokens at a time, and are computed again for the backward pass."""
+    def score(h, y):
+        return -F.cross_entropy(next_logits(model, h, n_ids), y, reduction="none")
+    parts = zip(hidden.flatten(0, 1).split(chunk), tokens.flatten().split(chunk))
+    return torch.cat([checkpoint(score, h, y, use_reentrant=False) for h, y in parts]).view(tokens.shape)
+
+
+def replay(model, encoder, rollout, rows, truncate=0):
+    """Replays rows (b,) of a rollout under the current weights, segment by segment.
+
+    A generator of (logps (b, t), slice of the tokens they belong to). Backpropagate each before asking for the next:
+    then the graph of one segment exists at a time. truncate: evictions the gradient reaches back, 0 for all of them.
+    """
+    W, E = rollout.window, rollout.evict_size
+    T = int(rollout.lengths[rows].max())                                        # rows that ended earlier run along
+    tokens = rollout.tokens[rows, :T]                                           # (b, T)
+    prompts, prompt_of = rollout.prompt_of[rows].unique(return_inverse=True)    # each prompt once
+    lengths = rollout.prompt_lengths[prompts]
+    cache = SlidingCache(model.config.n_layers, lengths, W, E, rollout.tokens.shape[1])
+    U_0 = None                                                                  # memory before `recent`; None: start
+    recent = deque()                                                            # evicted (K_e, V_e), oldest first
+    done = 0                                                                    # thoughts written so far
+    while True:
+        # The chain, as the rollout built it: from U_0 by every eviction the gradient may reach.
+        U = S = None
+        if encoder:
+            U = encoder.start() if U_0 is None else U_0
+            for leaving in recent:
+                U = encoder.write(U, *leaving)
+            S = encoder.read(U)
+        if done == 0:                                                           # the prompt predicts the first token
+            hidden = model.hidden(rollout.prompt_ids[prompts, :lengths.max()], cache, S)
+            last = hidden[torch.arange(len(prompts), device=hidden.device), lengths - 1]
+            hidden = last[prompt_of][:, None]                                   # (N, C) -> (b, 1, C)
+            cache.spread(prompt_of)
+        first, stop = done, min(T - 1, done + (E if done else cache.window))
+        if stop > first:                                                        # thought n predicts token n + 1
+            fed = model.hidden(tokens[:, first:stop], cache, S)                 # (b, stop - first, C)
+            hidden = fed if first else torch.cat([hidden, fed], dim=1)
+        span = slice(first + 1 if first else 0, stop + 1)
+        yield token_logps(model, hidden, tokens[:, span], rollout.n_ids), span
+        if stop == T - 1:
+            return
+        done = stop
+        cache.detach()
+        leaving = cache.evict()
+        if encoder:
+            recent.append(leaving)
+            if truncate and len(recent) > truncate:
+                with torch.no_grad():
+                    U_0 = encoder.write(encoder.start() if U_0 is None else U_0, *recent.popleft())
+
+
+@torch.no_grad()
+def reference_logps(model, rollout, rows):
+    """log-probs (b, T) of the base model, adapter off and full cache: the reference of the KL term."""
+    T = int(rollout.lengths[rows].max())
+    prompts, lengths = rollout.prompt_ids[rollout.prompt_of[rows]], rollout.prompt_lengths[rollout.prompt_of[rows]]
+    ids = F.pad(prompts, (0, T))                                                # (b, P + T)
+    columns = lengths[:, None] + torch.arange(T, device=ids.device)             # (b, T): where the thoughts stand
+    ids.scatter_(1, columns, rollout.tokens[rows, :T])
+    hidden = model.hidden(ids).gather(1, (columns - 1)[..., None].expand(-1, -1, model.config.dim))  # (b, T, C)
+    return token_logps(model, hidden, rollout.tokens[rows, :T], rollout.n_ids)
+
+
+def backward(model, encoder, rollout, advantages, rows, *, total, clip_low=0.2, clip_high=0.28, kl_coef=0.0,
+             truncate=0):
+    """Adds to .grad the gradient of the loss of these rows; total is the N above, of the whole step.
+
+    advantages (B,) of all rows. Returns sums over the rows' tokens: {"loss", "clipped", "kl"}, and "gap", the largest
+    |log-prob of the replay - log-prob of the rollout|."""
+    device = rollout.tokens.device
+    sums = {name: torch.zeros((), device=device) for name in ("loss", "clipped", "kl", "gap")}
+    reference = reference_logps(model, rollout, rows) if kl_coef else None
+    for logps, span in replay(model, encoder, rollout, rows, truncate):
+        columns = torch.arange(span.start, span.stop, device=device)
+        mask = columns < rollout.lengths[rows, None]                            # (b, t): the end token counts, no more
+        old = rollout.logps[rows, span]
+        loss, clipped = clipped_loss(logps, old, advantages[rows, None], clip_low, clip_high)
+        if kl_coef:
+            d = reference[:, span] - logps                                      # k3: exp(d) - d - 1 >= 0
+            kl = d.exp() - d - 1
+            loss = loss + kl_coef * kl
+            sums["kl"] += (kl * mask).sum().detach()
+        loss = (loss * mask).sum() / total
+        loss.backward()
+        sums["loss"] += loss.detach()
+        sums["clipped"] += (clipped & mask).sum()
+        sums["gap"] = torch.maximum(sums["gap"], ((logps - old).abs() * mask).max().detach())
+    return {name: value.item() for name, value in sums.items()}
+
+
+def micro_batches(rollout, advantages, micro_batch, everything=False):
+    """Splits the rows that have something to say into lists of at most micro_batch rows, of like length.
+
+    A row of advantage 0 (its group has no spread) adds nothing to the gradient and is left out, unless `everything`
+    (a KL term speaks for every row); if no row is left the first batch is kept, so that logp_gap is always measured."""
+    order = rollout.lengths.argsort(descending=True, stable=True)
+    rows = order if everything else order[advantages[order] != 0]
+    return list((rows if len(rows) else order[:micro_batch]).split(micro_batch))

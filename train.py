@@ -1,0 +1,299 @@
+"""train.py: the whole thing. Configuration, data, the tiny world, the loop, what is saved.
+
+    python train.py                    a tiny world, a laptop, minutes: no download, no GPU
+    python train.py --adapter lora     the same without thought encoding: it does not learn
+    python train.py --preset 24gb --model DIR --data gsm8k_train.jsonl --out runs/mine
+
+Each step: draw prompts, roll out a group of completions for each under the window (rollout.py), reward 1 for a right
+answer and 0 for any other, compare within the group, replay and take one step of AdamW on the adapter (grpo.py).
+
+The tiny world, *tally*: K lists of six digits, `527184,903341=`. The thought walks each list, writing each digit and
+the running sum mod 10, `;` after each list, then `Answer:` and the K final sums. A base model learns it with a full
+cache. Under a window of 16 the first of two sums (thought 11) has left the cache before thought 24, and is asked for at
+thought 27: the base can only guess, 1 in 10. GRPO, which rewards the right answer and nothing else, has to teach the
+thought encoder to carry it.
+
+Left out: several GPUs, resuming a run.
+"""
+import itertools
+import json
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from cache import eviction_size
+from encoder import KINDS, UPDATES
+from evaluate import ask, extract_answer, load_problems, same_answer, solve
+from grpo import backward, group_advantages, micro_batches, overlong_penalty
+from model import ModelConfig, Tokenizer, Transformer, UserError, hugging_face_name, write_safetensors
+from rollout import DTYPES, attach, command_line, flag, generate, pick_device, pick_dtype, run_script
+
+PRESETS = {  # what differs from the defaults of Config
+    "tiny": {},
+    "24gb": dict(rank=32, global_tokens=32, window=256, max_new_tokens=1024, prompts=8, group_size=8, micro_batch=2,
+                 steps=200, lr=1e-5),
+    "80gb": dict(rank=32, global_tokens=32, window=1024, max_new_tokens=3072, prompts=32, group_size=8, micro_batch=8,
+                 steps=200, lr=1e-5),
+}
+
+
+@dataclass
+class Config:
+    """Every setting, with its unit and default; the command line is made from these fields."""
+    preset: str = flag("tiny", "defaults for: a CPU, a GPU of 24 GB, a GPU of 80 GB", tuple(PRESETS))
+    model: str = flag("tiny", "'tiny' builds one; else a Hugging Face model folder")
+    data: str = flag("tally", "'tally', or a JSONL file of problem/question/prompt and answer")
+    out: str = flag("", "run folder to write; default runs/MODEL-ADAPTER-SEED")
+    adapter: str = flag("pte", "thought encoding, plain LoRA, or the paper's two ablations", KINDS)
+    memory_update: str = flag("paper", "paper: the older, the fainter; sum: all evictions weigh alike", UPDATES)
+    truncate_memory: int = flag(0, "evictions that the gradient reaches back, 0 for all")
+    rank: int = flag(16, "R, rank of the adapter and width of the state")
+    global_tokens: int = flag(16, "M, learnable queries of the thought encoder")
+    alpha: float = flag(32.0, "the adapter's update is scaled by alpha / rank")
+    window: int = flag(16, "W, thought tokens kept in the cache, 0 keeps all")
+    evict_ratio: float = flag(0.25, "share of the window that leaves at once")
+    max_new_tokens: int = flag(34, "longest completion, in tokens")
+    prompts: int = flag(16, "N, problems a step")
+    group_size: int = flag(16, "G, completions of each")
+    steps: int = flag(400, "updates of the adapter")
+    lr: float = flag(1e-3, "peak learning rate of AdamW")
+    warmup: int = flag(10, "steps of rising learning rate; then it falls along a line to 10 %% of the peak")
+    max_grad_norm: float = flag(1.0, "longer gradients are scaled down to this norm")
+    micro_batch: int = flag(256, "rows that are replayed at once; changes memory, not the result")
+    inner_epochs: int = flag(1, "updates per rollout; above 1 the clip acts")
+    clip_low: float = flag(0.2, "the ratio is clipped below 1 - this")
+    clip_high: float = flag(0.28, "and above 1 + this")
+    kl_coef: float = flag(0.0, "weight of the KL to the base model with its full cache")
+    loss: str = flag("grpo", "dr_grpo: no std, constant length; dapo: skip groups without spread, punish overlong ones",
+                     ("grpo", "dr_grpo", "dapo"))
+    overlong_buffer: int = flag(0, "dapo: tokens before max-new-tokens over which the punishment grows")
+    base_steps: int = flag(250, "tiny: supervised steps that make the base model")
+    test_problems: int = flag(500, "tiny: problems of each K in the table of arms, 0 for no table")
+    sample_every: int = flag(20, "steps between records in samples.jsonl")
+    seed: int = flag(0, "of the base, the data, the draws and the adapter")
+    device: str = flag("auto", "auto: cuda, mps or cpu", ("auto", "cuda", "mps", "cpu"))
+    dtype: str = flag("auto", "of the frozen weights; auto: bfloat16 on a GPU, else float32", ("auto", *DTYPES))
+
+
+# ---------------------------------------------------------------------------------------------- the tiny world
+
+TINY = {  # config.json
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 15, "hidden_size": 96,
+    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24,
+    "intermediate_size": 256, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 100.0,
+    "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": 14}
+COUNTS = (1, 2, 3)  # K, lists in a problem: the base learns all, GRPO trains on 1 and 2, the table shows all
+
+
+def tally(K, rng, n=6):
+    """One problem of K lists of n digits -> {"problem", "thought", "answer", "K"}."""
+    lists = rng.integers(0, 10, (K, n))
+    sums = lists.cumsum(axis=1) % 10
+    walk = "".join("".join(f"{d}{s}" for d, s in zip(*pair)) + ";" for pair in zip(lists, sums))
+    return {"problem": ",".join("".join(map(str, digits)) for digits in lists) + "=", "thought": walk,
+            "answer": "".join(str(s[-1]) for s in sums), "K": K}
+
+
+def build_base(folder, steps, seed, device):
+    """Trains the tiny base on gold thoughts, with its full cache, and writes it as a Hugging Face folder."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    write_tiny_tokenizer(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    model = Transformer(ModelConfig(TINY)).to(device)
+    for name, p in model.named_parameters():
+        if p.dim() > 1:                                                         # residual branches start small
+            scale = 0.4 if ".wo." in name or ".w2." in name else 1.0
+            torch.nn.init.normal_(p, std=0.3 if "embedding" in name else scale * p.shape[1] ** -0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, betas=(0.9, 0.98), weight_decay=0.5)
+    bar = tqdm(range(steps), desc="base model, gold thoughts", file=sys.stderr)
+    for step in bar:
+        ids = np.zeros((128, 21 + 44), dtype=np.int64)                          # room for the longest, K = 3
+        mask = np.zeros(ids.shape, dtype=bool)                                  # what is learnt: thoughts, not problems
+        for row in range(len(ids)):
+            p = tally(int(rng.choice(COUNTS)), rng)
+            start = tokenizer.encode(p["problem"])
+            text = start + tokenizer.encode(f"{p['thought']}Answer:{p['answer']}") + [TINY["eos_token_id"]]
+            ids[row, :len(text)], mask[row, len(start):len(text)] = text, True
+        ids, mask = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+        hidden = model.hidden(ids[:, :-1])[mask[:, 1:]]                         # (B, T, C) -> (tokens learnt, C)
+        loss = F.cross_entropy(model.head(hidden), ids[:, 1:][mask[:, 1:]])
+        optimizer.param_groups[0]["lr"] = 6e-3 * min((step + 1) / 30, max(0.02, 1 - step / steps))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    write_safetensors(folder / "model.safetensors", {hugging_face_name(n): p for n, p in model.named_parameters()})
+    (folder / "config.json").write_text(json.dumps(TINY, indent=1))
+
+
+def write_tiny_tokenizer(folder):
+    """tokenizer.json of 15 ids: digits, `,` `=` `;`, and two added tokens, `Answer:` and the special `<|end|>`."""
+    added = [{"id": 13, "content": "Answer:", "special": False}, {"id": 14, "content": "<|end|>", "special": True}]
+    for token in added:
+        token.update(single_word=False, lstrip=False, rstrip=False, normalized=False)
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": byte_level,
+        "post_processor": None, "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": {c: i for i, c in enumerate("0123456789,=;")}, "merges": []}}, indent=1))
+
+
+# ---------------------------------------------------------------------------------------------- the loop
+
+
+def learning_rate(step, c):
+    """Rises for `warmup` steps, then falls along a line to 10 % of the peak."""
+    return c.lr * min((step + 1) / max(c.warmup, 1), 1 - 0.9 * step / c.steps)
+
+
+def batches(c, problems):
+    """Endless lists of c.prompts problems: the file's, shuffled anew each time round, or fresh tallies, three steps
+    of two lists, then one of one list (rows of one step are of one length: none waits for another)."""
+    rng, order = np.random.default_rng(c.seed + 1), []
+    for step in itertools.count():
+        if problems is None:
+            yield [tally(1 if step % 4 == 3 else 2, rng) for _ in range(c.prompts)]
+            continue
+        while len(order) < c.prompts:
+            order += rng.permutation(len(problems)).tolist()
+        yield [problems[order.pop(0)] for _ in range(c.prompts)]
+
+
+def peak_memory_mb(device):
+    """The most memory that was in use, in MB (10^6 bytes): of the GPU, or of this process on the CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def train_step(c, step, model, encoder, tokenizer, optimizer, problems):
+    """One step of GRPO: roll out, reward, replay, update. Returns the line for metrics.jsonl, and sample records."""
+    start, device = time.time(), model.embedding.weight.device
+    prompts = [ask(tokenizer, p["problem"]) for p in problems]
+    rollout = generate(model, encoder, prompts, c.group_size, max_new_tokens=c.max_new_tokens, window=c.window,
+                       evict_ratio=c.evict_ratio, n_ids=tokenizer.n_ids, seed=c.seed * 1_000_003 + step,
+                       progress="" if c.model == "tiny" else f"step {step + 1}: rollout")
+    texts = [tokenizer.decode([i for i in ids if i not in model.config.eos_ids]) for ids in rollout.completions()]
+    same = str.__eq__ if c.data == "tally" else same_answer                     # exact match, nothing else
+    correct = torch.tensor([float(same(problems[b // c.group_size]["answer"], extract_answer(text) or ""))
+                            for b, text in enumerate(texts)], device=device)
+    rewards = correct * rollout.ended if c.data == "tally" else correct
+    if c.loss == "dapo":
+        rewards = rewards + overlong_penalty(rollout.lengths, c.max_new_tokens, c.overlong_buffer)
+    advantages = group_advantages(rewards, c.group_size, use_std=c.loss != "dr_grpo")
+    counted = rollout.lengths[advantages != 0] if c.loss == "dapo" else rollout.lengths
+    total = len(texts) * c.max_new_tokens if c.loss == "dr_grpo" else max(int(counted.sum()), 1)
+
+    batches_of_rows = micro_batches(rollout, advantages, c.micro_batch, everything=c.kl_coef > 0)
+    tokens = sum(int(rollout.lengths[rows].sum()) for rows in batches_of_rows)
+    gap = 0.0
+    for epoch in range(c.inner_epochs):
+        optimizer.zero_grad()
+        parts = [backward(model, encoder, rollout, advantages, rows, total=total, clip_low=c.clip_low,
+                          clip_high=c.clip_high, kl_coef=c.kl_coef, truncate=c.truncate_memory)
+                 for rows in batches_of_rows]
+        if epoch == 0:                                                          # before the first update
+            gap = max(part["gap"] for part in parts)
+        grad_norm = torch.nn.utils.clip_grad_norm_(encoder.trainable().values(), c.max_grad_norm).item()
+        optimizer.param_groups[0]["lr"] = learning_rate(step, c)
+        optimizer.step()
+    seconds = time.time() - start
+    metrics = {
+        "step": step + 1, "reward": rewards.mean().item(), "accuracy": correct.mean().item(),
+        "response_tokens": rollout.lengths.float().mean().item(), "truncated": 1 - rollout.ended.float().mean().item(),
+        "evictions": rollout.evictions().float().mean().item(), "loss": sum(part["loss"] for part in parts),
+        "grad_norm": grad_norm, "logp_gap": gap, "ratio_clipped": sum(part["clipped"] for part in parts) / tokens,
+        "kl": sum(part["kl"] for part in parts) / tokens, "tokens_per_second": int(rollout.lengths.sum()) / seconds,
+        "peak_memory_mb": peak_memory_mb(device.type), "seconds": seconds}
+    samples = [{"step": step + 1, "prompt": problems[b // c.group_size]["problem"], "response": texts[b],
+                "answer": problems[b // c.group_size]["answer"], "reward": rewards[b].item()}
+               for b in range(0, min(len(texts), 4 * c.group_size), c.group_size)]
+    return metrics, samples
+
+
+def check(c):
+    """Raises UserError for settings that cannot work, before anything is written."""
+    eviction_size(c.window, c.evict_ratio)
+    for name, least in (("group_size", 2), ("prompts", 1), ("steps", 1), ("rank", 1), ("global_tokens", 1),
+                        ("micro_batch", 1), ("inner_epochs", 1), ("max_new_tokens", 1), ("base_steps", 1),
+                        ("sample_every", 1)):
+        if getattr(c, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)} is too small; give {least} or more")
+    if c.adapter == "lora" and c.rank != c.global_tokens:
+        raise UserError(f"--adapter lora wants --global-tokens equal to --rank ({c.rank}): its state is an identity")
+    if (c.model == "tiny") != (c.data == "tally"):
+        raise UserError(f"--model {c.model} --data {c.data}: the tiny model reads tally, others a file; give a model "
+                        "folder and a JSONL file, or neither")
+    if Path(c.out).exists() and not (Path(c.out).is_dir() and not any(Path(c.out).iterdir())):
+        raise UserError(f"{c.out} already holds a run, or something else; give another --out, or remove it")
+
+
+def main():
+    c = command_line(Config, __doc__, PRESETS)
+    model_name = Path(c.model).name
+    c.out = c.out or f"runs/{model_name}-{c.adapter}-{c.seed}"
+    check(c)
+    device = pick_device(c.device)
+    out, started = Path(c.out), time.time()
+    problems = None if c.data == "tally" else load_problems(c.data)
+    if c.model == "tiny":
+        build_base(out / "base", c.base_steps, c.seed, device)
+    folder = out / "base" if c.model == "tiny" else c.model
+    tokenizer = Tokenizer.from_folder(folder)
+    model = Transformer.from_folder(folder, dtype=pick_dtype(c.dtype, device), device=device)
+    torch.manual_seed(c.seed)
+    encoder = attach(model, asdict(c))
+    trainable = encoder.trainable()
+    optimizer = torch.optim.AdamW(trainable.values(), lr=c.lr, betas=(0.8, 0.99), weight_decay=0.0)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(asdict(c), indent=2) + "\n")
+    print(f"{c.adapter} on {folder}: {sum(p.numel() for p in trainable.values()):,} trained numbers, window "
+          f"{c.window}, {c.prompts} x {c.group_size} rollouts a step, {device}; all goes to {out}", file=sys.stderr)
+
+    with open(out / "metrics.jsonl", "w") as metrics_file, open(out / "samples.jsonl", "w") as samples_file:
+        bar = tqdm(range(c.steps), desc="GRPO", file=sys.stderr)
+        for step, batch in zip(bar, batches(c, problems)):
+            metrics, samples = train_step(c, step, model, encoder, tokenizer, optimizer, batch)
+            print(json.dumps(metrics), file=metrics_file, flush=True)
+            if step % c.sample_every == 0 or step + 1 == c.steps:
+                for record in samples:
+                    print(json.dumps(record), file=samples_file, flush=True)
+            bar.set_postfix_str(f"reward {metrics['reward']:.3f}, {metrics['response_tokens']:.0f} tokens, "
+                                f"logp_gap {metrics['logp_gap']:.0e}, {metrics['tokens_per_second']:.0f} tokens/s")
+    write_safetensors(out / "adapter.safetensors", {name: p.detach() for name, p in trainable.items()})
+    if c.model == "tiny" and c.test_problems:
+        table_of_arms(c, model, encoder, tokenizer, out / "table.json")
+    print(f"done in {(time.time() - started) / 60:.1f} minutes; look into {out}", file=sys.stderr)
+
+
+def table_of_arms(c, model, encoder, tokenizer, path):
+    """Base with the full cache, base under the window, adapter under the window: accuracy for each K, greedy."""
+    rng = np.random.default_rng(1_000_000 + c.seed)                             # not the problems trained on
+    tests = {K: [tally(K, rng) for _ in range(c.test_problems)] for K in COUNTS}
+    rows = []
+    for arm, adapter, window in (("base, full cache", None, 0), ("base, window", None, c.window),
+                                 (f"{c.adapter}, window", encoder, c.window)):
+        for K, problems in tests.items():
+            records = solve(model, adapter, tokenizer, problems, window=window, evict_ratio=c.evict_ratio,
+                            max_new_tokens=64, batch=c.test_problems, same=str.__eq__)
+            rows.append({"arm": arm, "window": window, "K": K, "n": len(records),
+                         "accuracy": sum(r["correct"] for r in records) / len(records)})
+    path.write_text(json.dumps(rows, indent=1) + "\n")
+    print(f"\n| accuracy, n = {c.test_problems} each | " + " | ".join(f"K = {K}" for K in COUNTS) + " |")
+    print("|---|" + "---|" * len(COUNTS))
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        print(f"| {arm} | " + " | ".join(f"{row['accuracy']:.1%}" for row in rows if row["arm"] == arm) + " |")
+
+
+if __name__ == "__main__":
+    run_script(main)
