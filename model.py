@@ -138,8 +138,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.rms_eps)
         self.head = Linear(config.dim, config.vocab_size, bias=False)
-        if config.tied:
-            self.head.weight = self.embedding.weight
+        self.head.weight = self.embedding.weight if config.tied else self.head.weight
         self.frequencies = rope_frequencies(config)                             # (D/2,)
 
     def hidden(self, ids, cache=None, S=None):
@@ -177,8 +176,7 @@ class Transformer(nn.Module):
                 raise UserError(f"{path}: tensor {name} is {there}, in config.json {promised}; download both again")
         weights = {name: found.pop(hugging_face_name(name)).to(device, dtype) for name, _ in model.named_parameters()}
         model.load_state_dict(weights, strict=False, assign=True)               # not strict: a tied head has no file
-        if model.config.tied:
-            model.head.weight = model.embedding.weight
+        model.head.weight = model.embedding.weight if model.config.tied else model.head.weight
         return model.requires_grad_(False)
 
 
@@ -252,7 +250,7 @@ def read_safetensors(path):
 
 def write_safetensors(path, tensors):
     """Writes {name: tensor}; `path` changes only once all is written. Raises UserError."""
-    header, end, kinds = {}, 0, {dtype: kind for kind, dtype in FILE_DTYPES.items()}
+    header, end, kinds = {"__metadata__": {"format": "pt"}}, 0, {dtype: kind for kind, dtype in FILE_DTYPES.items()}
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # wide dtypes first: all are aligned
     for name in order:
         first, end = end, end + tensors[name].nbytes
@@ -281,7 +279,7 @@ def read_folder(folder):
                 raise ValueError(f"{index.name} places tensor {name!r:.99} in {place!r:.99}")
             if place not in shards:
                 shards[place] = read_safetensors(Path(folder, place))
-        return {name: shards[place][name] for name, place in places.items()}
+        return {name: shards[place][name] for name, place in places.items() if name in shards[place]}
 
 
 # ---- the tokenizer: tokenizer.json through tiktoken ------------------------------------------------------------------
@@ -320,9 +318,11 @@ class Tokenizer:
         spec, config, jinja = (folder / n for n in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
         spec, config = read_json(spec), read_json(config) if config.exists() else {}
         model, vocab, added = spec["model"], spec["model"]["vocab"], spec.get("added_tokens") or []
-        kind, self._normal_form = model.get("type", "BPE"), (spec.get("normalizer") or {}).get("type")
-        if kind != "BPE" or model.get("byte_fallback") or self._normal_form not in (None, "NFC"):
-            raise ValueError(f"a {kind} model with byte fallback or a {self._normal_form} normalizer is not known here")
+        normalizer, kind = spec.get("normalizer") or {"normalizers": []}, model.get("type", "BPE")
+        self._forms = {step["type"] for step in normalizer.get("normalizers", [normalizer])}
+        strips = any(token.get(flag) for token in added for flag in ("lstrip", "rstrip", "single_word"))
+        if kind != "BPE" or model.get("byte_fallback") or not self._forms <= {"NFC"} or strips:
+            raise ValueError(f"{kind} model, normalizers {self._forms} or stripping added tokens: not known here")
         self._added = {token["content"]: token["id"] for token in added}
         self._special = {token["content"] for token in added if token["special"]}
 
@@ -341,8 +341,8 @@ class Tokenizer:
             if spelled[token] not in ranks:
                 ranks[spelled[token]] = len(ranks)
                 self._id_of_rank.append(vocab[token])
-        pattern = _pattern(spec["pre_tokenizer"])
-        self._bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        cut = _pattern(spec["pre_tokenizer"])
+        self._bpe = tiktoken.Encoding("bpe", pat_str=cut, mergeable_ranks=ranks, special_tokens={})
         self._bytes = {vocab[t]: raw for t, raw in spelled.items()} | {i: t.encode() for t, i in self._added.items()}
         self.n_ids = 1 + max(self._bytes)
         self.folder, template = folder, jinja.read_text("utf-8") if jinja.exists() else config.get("chat_template")
@@ -362,7 +362,7 @@ class Tokenizer:
     def _ids(self, pieces):  # every second piece is an added token
         ids = []
         for k, piece in enumerate(pieces):
-            ranks = self._bpe.encode_ordinary(unicodedata.normalize("NFC", piece) if self._normal_form else piece)
+            ranks = self._bpe.encode_ordinary(unicodedata.normalize("NFC", piece) if self._forms else piece)
             ids += [self._added[piece]] if k % 2 else [self._id_of_rank[rank] for rank in ranks]
         return [i for i in ids if i is not None]
 
@@ -395,5 +395,6 @@ class Tokenizer:
             raise ValueError(message)
         loops = ["jinja2.ext.loopcontrols"]
         env = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
+        env.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
         env.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
         return env.from_string(self.template)

@@ -90,6 +90,8 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
     Returns a Rollout. Raises UserError if a prompt and its thoughts do not fit the model's positions."""
     device = model.embedding.weight.device
     prompt_lengths = torch.tensor([len(p) for p in prompts], device=device)
+    if min(map(len, prompts)) == 0:
+        raise UserError("a prompt is empty, or holds nothing that this model's tokenizer knows; write another")
     P, limit = int(prompt_lengths.max()), model.config.max_positions
     if P + max_new_tokens > limit:
         raise UserError(f"a prompt of {P} tokens and --max-new-tokens {max_new_tokens} exceed the model's context of "

@@ -101,8 +101,25 @@ def tally(K, rng, n=6):
             "answer": "".join(str(s[-1]) for s in sums), "K": K}
 
 
+class LostLists:
+    """Takes the place of a cache while the base is made: row b never sees lost[b] thoughts from start[b] on once they
+    are over. So it learns not to be sure of what it cannot see (it guesses evenly, and guesses are what GRPO rewards);
+    it learns nothing about carrying, for nothing that comes later has seen what is lost."""
+
+    def __init__(self, start, lost):
+        self.start, self.end = start[:, None, None, None], (start + lost)[:, None, None, None]  # (B, 1, 1, 1)
+
+    def begin(self, T):
+        queries, keys = torch.arange(T, device=self.start.device)[:, None], torch.arange(T, device=self.start.device)
+        hidden = (keys >= self.start) & (keys < self.end) & (queries >= self.end)               # (B, 1, T, T)
+        return keys[None], (keys <= queries) & ~hidden
+
+    def write(self, layer, k, v):
+        return k, v
+
+
 def build_base(folder, steps, seed, device):
-    """Trains the tiny base on gold thoughts, with its full cache, and writes it as a Hugging Face folder."""
+    """Trains the tiny base on gold thoughts, never under a window, and writes it as a Hugging Face folder."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     write_tiny_tokenizer(folder)
@@ -117,13 +134,15 @@ def build_base(folder, steps, seed, device):
     for step in bar:
         ids = np.zeros((128, 21 + 44), dtype=np.int64)                          # room for the longest, K = 3
         mask = np.zeros(ids.shape, dtype=bool)                                  # what is learnt: thoughts, not problems
+        starts, lost = np.zeros((2, len(ids)), dtype=np.int64)
         for row in range(len(ids)):
             p = tally(int(rng.choice(COUNTS)), rng)
             start = tokenizer.encode(p["problem"])
             text = start + tokenizer.encode(f"{p['thought']}Answer:{p['answer']}") + [TINY["eos_token_id"]]
             ids[row, :len(text)], mask[row, len(start):len(text)] = text, True
-        ids, mask = torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
-        hidden = model.hidden(ids[:, :-1])[mask[:, 1:]]                         # (B, T, C) -> (tokens learnt, C)
+            starts[row], lost[row] = len(start), len(p["thought"]) // p["K"] * rng.integers(p["K"])
+        ids, mask, starts, lost = (torch.from_numpy(x).to(device) for x in (ids, mask, starts, lost))
+        hidden = model.hidden(ids[:, :-1], LostLists(starts, lost))[mask[:, 1:]]  # (B, T, C) -> (tokens learnt, C)
         loss = F.cross_entropy(model.head(hidden), ids[:, 1:][mask[:, 1:]])
         optimizer.param_groups[0]["lr"] = 6e-3 * min((step + 1) / 30, max(0.02, 1 - step / steps))
         optimizer.zero_grad()

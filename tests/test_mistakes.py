@@ -1,0 +1,111 @@
+"""Bad input: each mistake is answered with one line that names the thing, exit code 2, and nothing is written."""
+import json
+from shutil import copytree, rmtree
+
+import pytest
+import torch
+
+import evaluate
+import rollout
+import train
+from model import ModelConfig, Transformer, UserError, hugging_face_name, write_safetensors
+from test_scripts import call
+
+GOOD = '{"problem": "527184=", "answer": 7}'
+DATA = {  # name of a file, what it holds
+    "good": GOOD, "empty": "\n \n", "cut": GOOD + '\n{"problem": "1', "list": GOOD + "\n\n[1]", "silent": '{"problem": "1"}',
+    "mute": '{"answer": "1"}', "blank": '{"problem": "1", "answer": " "}', "hashes": '{"problem": "1", "answer": "5 ####"}',
+    "long": json.dumps({"problem": "1" * 500, "answer": "1"}), "letters": '{"problem": "abc", "answer": "1"}'}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder to make mistakes in: a run and its base model, spoilt copies of both, good and bad data files."""
+    here = tmp_path_factory.mktemp("mistakes")
+    small = "--steps 1 --prompts 1 --group-size 2 --test-problems 0 --base-steps 1 --device cpu --out".split()
+    assert call(train, *small, here / "run") == 0
+    for name, text in DATA.items():
+        (here / f"{name}.jsonl").write_text(text)
+    (here / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    for name in ("short", "gpt2", "wide", "wordless"):
+        copytree(here / "run" / "base", here / name)
+    weights = here / "short" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    (here / "gpt2" / "config.json").write_text(json.dumps(train.TINY | {"model_type": "gpt2"}))
+    wide = train.TINY | {"intermediate_size": 128}  # a sound model, of another shape
+    (here / "wide" / "config.json").write_text(json.dumps(wide))
+    write_safetensors(here / "wide" / "model.safetensors", {
+        hugging_face_name(name): p for name, p in Transformer(ModelConfig(wide)).named_parameters()})
+    (here / "wordless" / "tokenizer.json").unlink()
+    copytree(here / "run", here / "unfinished")
+    (here / "unfinished" / "adapter.safetensors").unlink()
+    return here
+
+
+TRAIN, FILE = "--base-steps 1 --steps 1 --out new ", "--out new --model run/base --data "
+ASK, SCORE = "--raw --prompt 12= --max-new-tokens 9 ", "--max-new-tokens 9 --run run --data "
+MISTAKES = {  # script: [(command line, words of the one line that it says)]
+    train: [
+        ("--bogus 1", "--bogus"), ("stray", "stray"), ("--steps two", "--steps 'two'"), ("--loss", "--loss"),
+        ("--preset huge", "--preset 'huge'"), ("--adapter qlora", "--adapter 'qlora'"), ("--dtype int8", "--dtype 'int8'"),
+        (TRAIN + "--window 10 --evict-ratio 0.25", "--window 10 --evict-ratio 0.25 divides"),
+        (TRAIN + "--window -4", "--window -4"), (TRAIN + "--evict-ratio nan", "--evict-ratio nan"),
+        (TRAIN + "--group-size 1", "--group-size 1"), (TRAIN + "--steps 0", "--steps 0"),
+        (TRAIN + "--micro-batch 0", "--micro-batch 0"), (TRAIN + "--seed -1", "--seed -1"),
+        (TRAIN + "--test-problems -1", "--test-problems -1"), (TRAIN + "--lr nan", "--lr nan"),
+        (TRAIN + "--adapter lora --rank 4", "lora --global-tokens --rank 4"), (TRAIN + "--device cuda", "cuda"),
+        (TRAIN + "--out run", "run already holds a run --out"), (TRAIN + "--out good.jsonl", "good.jsonl --out"),
+        (TRAIN + "--out good.jsonl/new", "good.jsonl"), (TRAIN + "--max-new-tokens 9999", "9999 context"),
+        (TRAIN + "--model run/base", "run/base tally"), (TRAIN + "--data good.jsonl", "good.jsonl tiny"),
+        (TRAIN + "--data good.jsonl --model nowhere", "nowhere"),
+        (TRAIN + "--data good.jsonl --model short", "short/model.safetensors: cut short"),
+        (TRAIN + "--data good.jsonl --model gpt2", "gpt2/config.json: model_type"),
+        (TRAIN + "--data good.jsonl --model wordless", "wordless/tokenizer.json"),
+        (FILE + "nowhere.jsonl", "nowhere.jsonl"), (FILE + "empty.jsonl", "empty.jsonl no problems"),
+        (FILE + "binary.jsonl", "binary.jsonl UTF-8"), (FILE + "cut.jsonl", "cut.jsonl, line 2: JSON"),
+        (FILE + "list.jsonl", "list.jsonl, line 3: object"), (FILE + "mute.jsonl", "mute.jsonl, line 1: 'problem'"),
+        (FILE + "silent.jsonl", "silent.jsonl, line 1: 'answer'"), (FILE + "blank.jsonl", "blank.jsonl, line 1: 'answer'"),
+        (FILE + "hashes.jsonl", "hashes.jsonl, line 1: 'answer'"),
+        (FILE + "long.jsonl --max-new-tokens 999", "500 999 context"), (FILE + "letters.jsonl", "prompt token")],
+    rollout: [
+        ("--top 3", "--top"), (ASK, "--model --run"), ("--run run", "--prompt"), (ASK + "--model nowhere", "nowhere"),
+        (ASK + "--run nowhere", "nowhere/config.json"), (ASK + "--run run/base", "run/base/config.json"),
+        (ASK + "--run unfinished", "unfinished/adapter.safetensors"),
+        (ASK + "--run run --model wide", "run/adapter.safetensors wide"),
+        (ASK + "--model run/base --window 10", "--window 10 divides"),
+        (ASK + "--run run --max-new-tokens 9999", "9999 context"),
+        (ASK + "--run run --max-new-tokens 0", "--max-new-tokens 0"),
+        ("--run run --raw --max-new-tokens 9 --prompt abc", "prompt token"),
+        (ASK + "--run run --temperature -1", "--temperature -1"), (ASK + "--run run --top-k -1", "--top-k -1")],
+    evaluate: [
+        ("--run run", "--data"), ("--data good.jsonl", "--model --run"), (SCORE + "nowhere.jsonl", "nowhere.jsonl"),
+        (SCORE + "empty.jsonl", "empty.jsonl"), (SCORE + "cut.jsonl", "cut.jsonl, line 2:"),
+        (SCORE + "good.jsonl --json list.jsonl", "list.jsonl exists"), (SCORE + "good.jsonl --window 3", "--window 3"),
+        (SCORE + "good.jsonl --json nowhere/out.json", "nowhere/out.json"), (SCORE + "good.jsonl --batch 0", "--batch 0"),
+        (SCORE + "long.jsonl --max-new-tokens 999", "500 999 context"), (SCORE + "letters.jsonl", "prompt token")],
+}
+
+
+def listing(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("module, line, words", [(m, *case) for m in MISTAKES for case in MISTAKES[m]],
+                         ids=lambda x: getattr(x, "__name__", x))
+def test_a_mistake_is_answered_in_one_line(place, monkeypatch, capsys, module, line, words):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    rmtree("new", ignore_errors=True)  # left behind where this test failed before
+    before = listing(place)
+    assert call(module, *line.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith(f"{module.__name__}.py: "), err
+    assert all(word in err for word in words.split()), err
+    assert listing(place) == before
+
+
+def test_only_newlines_end_a_line_of_data(tmp_path):
+    """JSON may hold line separators of Unicode as they are; str.splitlines would cut there."""
+    path, text = tmp_path / "x.jsonl", "a\u2028b\x85c"
+    path.write_text(json.dumps({"problem": text, "answer": "1"}, ensure_ascii=False) + "\r\n", encoding="utf-8", newline="")
+    assert evaluate.load_problems(path) == [{"problem": text, "answer": "1"}]

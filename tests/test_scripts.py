@@ -1,0 +1,203 @@
+"""The three scripts as a person uses them: what they write and print, and that a run repeats. (Mistakes: test_mistakes.py)"""
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import rollout
+import train
+from model import read_safetensors
+from rollout import command_line
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = "--steps 2 --prompts 2 --group-size 4 --window 8 --test-problems 4 --base-steps 3 --device cpu".split()
+METRICS = ("step reward accuracy response_tokens truncated evictions loss grad_norm logp_gap ratio_clipped kl "
+           "tokens_per_second peak_memory_mb seconds").split()
+
+
+def call(module, *argv):
+    """Runs a script's main() in this process, as run_script does -> exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [Path(module.__file__).name, *map(str, argv)])
+        try:
+            rollout.run_script(module.main)
+        except SystemExit as end:
+            return end.code
+    return 0
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def adapter(run):
+    """All numbers of a run's adapter, one after the other."""
+    return torch.cat([x.flatten() for _, x in sorted(read_safetensors(run / "adapter.safetensors").items())])
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A run of the default job, as small as it gets: two steps on a base that has learnt next to nothing."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert call(train, *SMALL, "--out", out) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def problems(tmp_path_factory):
+    """A file of problems that the tiny model can read, under the three names that a problem may have."""
+    path = tmp_path_factory.mktemp("data") / "problems.jsonl"
+    rows = [{key: f"{number}=", "answer": answer} for key, number, answer in (
+        ("problem", 527184, "7"), ("question", 903341, 0), ("prompt", 12, "so far 5\n#### 3"))]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    return path
+
+
+def test_what_a_run_writes(trained):
+    config = json.loads((trained / "config.json").read_text())
+    assert config.keys() == {f.name for f in fields(train.Config)} and config["window"] == 8
+    metrics = lines(trained / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2]
+    for m in metrics:
+        assert [*m] == METRICS
+        assert m["evictions"] > 0 and 0 <= m["logp_gap"] < 1e-4 and m["seconds"] > 0
+    samples = lines(trained / "samples.jsonl")
+    assert {s["step"] for s in samples} == {1, 2}
+    assert all(s.keys() == {"step", "prompt", "response", "answer", "reward"} for s in samples)
+    table = json.loads((trained / "table.json").read_text())
+    assert [(row["arm"], row["window"], row["K"]) for row in table] == [
+        (arm, window, K) for arm, window in (("base, full cache", 0), ("base, window", 8), ("pte, window", 8))
+        for K in (1, 2, 3)]
+    assert all(row.keys() == {"arm", "window", "K", "accuracy", "n"} and row["n"] == 4 for row in table)
+
+
+def train_on_file(trained, problems, out, *flags):
+    """Trains on a file, where half of all texts count as right: so there is something to learn from."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "extract_answer", lambda text: text)
+        patch.setattr(train, "same_answer", lambda gold, text: sum(map(ord, text)) % 2 == 0)
+        assert call(train, *SMALL, "--warmup", 0, "--group-size", 6, "--model", trained / "base", "--data", problems,
+                    "--out", out, *flags) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def plain(trained, problems, tmp_path_factory):
+    return train_on_file(trained, problems, tmp_path_factory.mktemp("runs") / "plain")
+
+
+@pytest.mark.parametrize("flags", [
+    "--adapter lora", "--adapter no-global", "--adapter global-only", "--memory-update sum", "--truncate-memory 1",
+    "--loss dr_grpo", "--loss dapo --overlong-buffer 20", "--kl-coef 0.1",
+    "--inner-epochs 2 --clip-low 1e-4 --clip-high 1e-4"])
+def test_every_variant_trains_and_makes_a_difference(trained, problems, plain, tmp_path, flags):
+    run = train_on_file(trained, problems, tmp_path / "run", *flags.split())
+    assert not (run / "base").exists() and not (run / "table.json").exists()
+    for m in lines(run / "metrics.jsonl"):
+        assert [*m] == METRICS and m["evictions"] > 0 and m["logp_gap"] < 1e-4 and m["grad_norm"] > 0
+        assert (m["kl"] > 0) == ("kl" in flags)
+        assert (m["ratio_clipped"] > 0) == ("epochs" in flags)
+    mine, usual = adapter(run), adapter(plain)
+    assert mine.isfinite().all()
+    assert len(mine) < len(usual) if "lora" in flags else len(mine) == len(usual) and not torch.equal(mine, usual)
+
+
+def test_a_seed_repeats_a_run_bit_for_bit(trained, problems, plain, tmp_path):
+    again = train_on_file(trained, problems, tmp_path / "again")
+    other = train_on_file(trained, problems, tmp_path / "other", "--seed", 1)
+    assert torch.equal(adapter(again), adapter(plain)) and not torch.equal(adapter(other), adapter(plain))
+    assert lines(again / "samples.jsonl") == lines(plain / "samples.jsonl") != lines(other / "samples.jsonl")
+
+
+def test_micro_batches_change_memory_and_not_the_result(trained, problems, plain, tmp_path):
+    small = train_on_file(trained, problems, tmp_path / "small", "--micro-batch", 3)
+    for a, b in zip(lines(small / "metrics.jsonl"), lines(plain / "metrics.jsonl")):
+        for name in ("reward", "loss", "grad_norm"):  # AdamW would hide a gradient of the wrong length
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6)
+    assert (adapter(small) - adapter(plain)).abs().max() < 1e-5
+
+
+def test_tally_pays_for_the_exact_answer_and_nothing_else(trained, monkeypatch):
+    paid = {"Answer:042": 1, "12=;3Answer:7;Answer:042": 1, "Answer:042 unended": 0, "Answer:042;": 0, "Answer:0421": 0,
+            "Answer:42": 0, "Answer:0420": 0, "Answer:04": 0, "Answer:": 0, "042": 0, "": 0, "Answer:042;Answer:": 0}
+    model, encoder, tokenizer, _ = rollout.load("", trained, "float32", "cpu")
+    rows = [tokenizer.encode(text.split(" ")[0]) + [0 if "unended" in text else 14] for text in paid]
+    rows[2].pop()
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.tensor([row + [14] * (40 - len(row)) for row in rows])
+    made = rollout.Rollout(torch.ones(1, 2), torch.tensor([2]), torch.zeros(len(rows), dtype=torch.long), tokens,
+                           lengths, torch.zeros(len(rows), 40), lengths > 0, 0, 0, 15)
+    made.ended[2] = False
+    rewards = []
+    monkeypatch.setattr(train, "generate", lambda *_, **__: made)
+    monkeypatch.setattr(train, "group_advantages", lambda r, *_, **__: rewards.extend(r.tolist()) or torch.zeros(12))
+    monkeypatch.setattr(train, "backward", lambda *_, **__: dict(loss=0, clipped=0, kl=0, gap=0))
+    train.train_step(train.Config(group_size=len(rows)), 0, model, encoder, tokenizer,
+                     torch.optim.AdamW(encoder.trainable().values()), [{"problem": "12=", "answer": "042"}])
+    assert dict(zip(paid, rewards)) == paid
+
+
+def test_rollout_prints_the_completion_and_nothing_else(trained, capsys):
+    model, encoder, tokenizer, _ = rollout.load("", trained, "float32", "cpu")
+    want = rollout.generate(model, encoder, [tokenizer.encode("12=")], max_new_tokens=30, window=8, n_ids=15, seed=3,
+                            temperature=0.7)
+    ids = [i for i in want.completions()[0] if i != 14]
+    assert want.evictions() > 2
+    assert call(rollout, "--run", trained, "--prompt", "12=", "--raw", "--max-new-tokens", 30, "--seed", 3,
+                "--show-evictions") == 0
+    out, err = capsys.readouterr()
+    assert out == tokenizer.decode(ids) + "\n"
+    assert err.count("[-2]") == want.evictions() and "tokens/s" in err and " MB" in err
+
+
+def test_evaluate_writes_its_scores(trained, problems, tmp_path, capsys):
+    assert call(evaluate, "--run", trained, "--data", problems, "--json", tmp_path / "out.json", "--limit", 2,
+                "--max-new-tokens", 20) == 0
+    assert "| problems.jsonl | 8 | 2 |" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["n"] == 2 and report["window"] == 8 and [p["answer"] for p in report["problems"]] == ["7", "0"]
+    assert report["accuracy"] == sum(p["correct"] for p in report["problems"]) / 2
+    assert call(evaluate, "--model", trained / "base", "--data", problems, "--max-new-tokens", 5) == 0
+    assert "| problems.jsonl | full | 3 |" in capsys.readouterr().out
+
+
+CONTRACT = {  # the flags that the project promises, with a value that is no default
+    train: "preset=24gb model=DIR data=F adapter=lora window=8 evict-ratio=0.5 rank=3 global-tokens=5 prompts=7 "
+           "group-size=9 max-new-tokens=11 steps=13 lr=0.5 micro-batch=15 seed=17 device=cpu dtype=float32 out=RUN",
+    rollout: "model=DIR run=RUN prompt=hi window=8 max-new-tokens=9 evict-ratio=0.5 temperature=0.0 dtype=bfloat16",
+    evaluate: "model=DIR run=RUN data=F window=8 limit=3 json=OUT"}
+
+
+@pytest.mark.parametrize("module", CONTRACT, ids=lambda m: m.__name__)
+def test_flags_are_a_contract(module, capsys):
+    options = train.Config if module is train else module.Options
+    promised = dict(pair.split("=") for pair in CONTRACT[module].split())
+    for spell in (str, lambda name: name.replace("-", "_")):
+        argv = [word for name, value in promised.items() for word in ("--" + spell(name), value)]
+        got = command_line(options, "", train.PRESETS if module is train else None, argv)
+        assert {name: str(getattr(got, name.replace("-", "_"))) for name in promised} == promised
+    assert call(module, "--help") == 0
+    shown = capsys.readouterr().out
+    assert all("--" + f.name.replace("_", "-") in shown for f in fields(options)) and "(default: " in shown
+
+
+@pytest.mark.parametrize("preset", ["tiny", "24gb", "80gb"])
+def test_presets(preset):
+    c = command_line(train.Config, "", train.PRESETS, ["--preset", preset, "--out", "none", "--steps", "77"])
+    train.check(c)
+    assert c.steps == 77 and all(getattr(c, k) == v for k, v in train.PRESETS[preset].items() if k != "steps")
+
+
+@pytest.mark.parametrize("line, code, words", [
+    ("train.py --bogus", 2, "--bogus"), ("evaluate.py --run RUN --data nowhere.jsonl", 2, "nowhere.jsonl"),
+    ("rollout.py --run RUN --prompt 12= --raw", 0, "tokens/s")])
+def test_exit_codes_and_streams(trained, line, code, words):
+    script, *argv = line.replace("RUN", str(trained)).split()
+    done = subprocess.run([sys.executable, ROOT / script, *argv], capture_output=True, text=True)
+    assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1 and (code == 0) == (done.stdout != "")
