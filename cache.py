@@ -33,7 +33,7 @@ def eviction_size(window, evict_ratio):
     Raises UserError unless E is a whole number that divides the window: then each eviction frees one run of slots."""
     if window == 0:
         return 0
-    E = round(window * evict_ratio)
+    E = round(window * evict_ratio) if 0 < evict_ratio <= 1 else 0              # 0 also for a ratio that is no number
     if window < 0 or E < 1 or abs(E - window * evict_ratio) > 1e-6 or window % E:
         raise UserError(f"--window {window} --evict-ratio {evict_ratio:g} evicts {window * evict_ratio:g} thoughts at "
                         "once: that must be a whole number that divides the window; try --window 16 --evict-ratio 0.25")

@@ -25,7 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from model import UserError
-from rollout import DTYPES, command_line, flag, generate, load, prompt_ids, run_script
+from rollout import DTYPES, check_prompts, command_line, flag, generate, load, prompt_ids, run_script, window_of
 
 MAX_CHARS = 1000  # longer is no answer; also well below the 4300 digits at which Python refuses to read an int
 
@@ -165,7 +165,7 @@ def load_problems(path):
     """Reads a JSONL file: an object a line, with `problem`, `question` or `prompt`, and `answer` -> list of dicts with
     "problem" and "answer" as strings. Raises UserError naming file and line for anything else."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")                # splitlines also cuts at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} ({getattr(error, 'strerror', None) or 'it is not UTF-8 text'}); "
                         "give --data FILE.jsonl, one JSON object a line") from None
@@ -181,12 +181,13 @@ def load_problems(path):
             raise UserError(f"{path}, line {number}: not a JSON object with 'problem' and 'answer'")
         problem = next((row[key] for key in ("problem", "question", "prompt") if row.get(key)), None)
         answer = row.get("answer")
+        if isinstance(answer, str):
+            answer = answer.rpartition("####")[2].strip()                       # GSM8K as published ends "#### 72"
         if not isinstance(problem, str):
             raise UserError(f"{path}, line {number}: no 'problem' (or 'question' or 'prompt') that is a text")
         if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
             raise UserError(f"{path}, line {number}: no 'answer' that is a text or a number")
-        answer = str(answer).rpartition("####")[2].strip()                      # GSM8K as published ends "#### 72"
-        problems.append({**row, "problem": problem, "answer": answer})
+        problems.append({**row, "problem": problem, "answer": str(answer)})
     if not problems:
         raise UserError(f"{path} holds no problems; one JSON object a line is wanted")
     return problems
@@ -203,6 +204,7 @@ def solve(model, encoder, tokenizer, problems, *, window, evict_ratio, max_new_t
 
     same(gold, prediction) grades. Returns a record for each problem, in their order."""
     prompts = [ask(tokenizer, p["problem"]) for p in problems]
+    check_prompts(model, prompts, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))         # rows of like length share a batch
     records = [None] * len(problems)
     for start in tqdm(range(0, len(order), batch), desc=progress, disable=not progress):
@@ -225,13 +227,13 @@ class Options:
     model: str = flag("", "model folder, as downloaded from Hugging Face")
     run: str = flag("", "run folder of train.py: its adapter, its model, its window")
     data: str = flag("", "JSONL file of problem/question/prompt and answer")
-    limit: int = flag(0, "only the first so many problems, 0 for all")
-    window: int = flag(-1, "thought tokens kept, 0 keeps all, -1: as the run was trained, else 0")
-    evict_ratio: float = flag(0.25, "share of the window that leaves at once")
-    max_new_tokens: int = flag(512, "longest completion, in tokens")
-    temperature: float = flag(0.0, "of sampling; 0 takes the likeliest token")
-    batch: int = flag(32, "problems at a time")
-    seed: int = flag(0, "makes the draw repeatable")
+    limit: int = flag(0, "only the first so many problems, 0 for all", least=0)
+    window: int = flag(-1, "thought tokens kept, 0 keeps all, -1: as the run was trained, else 0", least=-1)
+    evict_ratio: float = flag(-1.0, "share of the window that leaves at once, -1: as the run was trained, else 0.25")
+    max_new_tokens: int = flag(512, "longest completion, in tokens", least=1)
+    temperature: float = flag(0.0, "of sampling; 0 takes the likeliest token", least=0)
+    batch: int = flag(32, "problems at a time", least=1)
+    seed: int = flag(0, "makes the draw repeatable", least=0)
     json: str = flag("", "file to write: the scores and every problem's record")
     dtype: str = flag("auto", "of the weights; auto: bfloat16 on a GPU, else float32", ("auto", *DTYPES))
     device: str = flag("auto", "auto: cuda, mps or cpu", ("auto", "cuda", "mps", "cpu"))
@@ -241,12 +243,12 @@ def main():
     o = command_line(Options, __doc__)
     if not o.data:
         raise UserError("which problems? give --data FILE.jsonl")
-    if o.json and Path(o.json).exists():
-        raise UserError(f"{o.json} exists; give another --json, or remove it")
+    if o.json and (Path(o.json).exists() or not Path(o.json).parent.is_dir()):
+        raise UserError(f"--json {o.json} exists, or its folder does not; give another")
     problems = load_problems(o.data)[:o.limit or None]
     model, encoder, tokenizer, config = load(o.model, o.run, o.dtype, o.device)
-    window = config.get("window", 0) if o.window == -1 else o.window
-    records = solve(model, encoder, tokenizer, problems, window=window, evict_ratio=o.evict_ratio,
+    window, evict_ratio = window_of(o, config)
+    records = solve(model, encoder, tokenizer, problems, window=window, evict_ratio=evict_ratio,
                     max_new_tokens=o.max_new_tokens, temperature=o.temperature, batch=o.batch, seed=o.seed,
                     progress=f"{Path(o.data).name}, window {window or 'full'}")
     scores = {name: sum(r[key] for r in records) / len(records) for name, key in (

@@ -38,7 +38,8 @@ def group_advantages(rewards, group_size, use_std=True, eps=1e-4):
 
     use_std=False is Dr. GRPO's: dividing by the std favours questions that are nearly always or never solved."""
     groups = rewards.view(-1, group_size)                                       # (N, G)
-    centred = groups - groups.mean(dim=1, keepdim=True)
+    spread = (groups != groups[:, :1]).any(dim=1, keepdim=True)                 # else a rest of rounding would count
+    centred = (groups - groups.mean(dim=1, keepdim=True)) * spread
     if use_std:
         centred = centred / (groups.std(dim=1, keepdim=True, correction=0) + eps)
     return centred.flatten()                                                    # (N * G,)

@@ -80,6 +80,16 @@ def sample(logits, temperature, top_k, top_p, generator):
     return ids, logps.gather(1, ids[:, None])[:, 0]
 
 
+def check_prompts(model, prompts, max_new_tokens):
+    """Raises UserError if one of the prompts (lists of ids) is empty, or does not fit the model with its thoughts."""
+    longest = max(map(len, prompts))
+    if longest + max_new_tokens > model.config.max_positions:
+        raise UserError(f"a prompt of {longest} tokens and --max-new-tokens {max_new_tokens} exceed the model's "
+                        f"context of {model.config.max_positions}; shorten one of them")
+    if min(map(len, prompts)) == 0:
+        raise UserError("a prompt is empty, or holds nothing that this model's tokenizer knows; write another")
+
+
 @torch.no_grad()
 def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0, evict_ratio=0.25, n_ids=None,
              temperature=1.0, top_k=0, top_p=1.0, seed=0, progress="", on_token=None):
@@ -90,12 +100,8 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
     Returns a Rollout. Raises UserError if a prompt and its thoughts do not fit the model's positions."""
     device = model.embedding.weight.device
     prompt_lengths = torch.tensor([len(p) for p in prompts], device=device)
-    if min(map(len, prompts)) == 0:
-        raise UserError("a prompt is empty, or holds nothing that this model's tokenizer knows; write another")
-    P, limit = int(prompt_lengths.max()), model.config.max_positions
-    if P + max_new_tokens > limit:
-        raise UserError(f"a prompt of {P} tokens and --max-new-tokens {max_new_tokens} exceed the model's context of "
-                        f"{limit}; shorten one of them")
+    check_prompts(model, prompts, max_new_tokens)
+    P = max(map(len, prompts))
     prompt_ids = torch.tensor([p + [0] * (P - len(p)) for p in prompts], device=device)  # (N, P)
     rows = torch.arange(len(prompts), device=device).repeat_interleave(group_size)       # (B,)
     B, n_ids = len(rows), n_ids or model.config.vocab_size
@@ -140,9 +146,9 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def flag(default, help, choices=None):
-    """A dataclass field that is a command-line flag."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def flag(default, help, choices=None, least=None):
+    """A dataclass field that is a command-line flag; choices or a least value bound what it may be."""
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
 
 
 def command_line(options, doc, presets=None, argv=None):
@@ -162,7 +168,12 @@ def command_line(options, doc, presets=None, argv=None):
         parser.add_argument(*names, default=f.default, help=f.metadata["help"], **kind)
     if presets:
         parser.set_defaults(**presets[parser.parse_args(argv).preset])
-    return options(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    for f in fields(options):
+        least = f.metadata["least"]
+        if least is not None and not values[f.name] >= least:                   # not: nan is below everything
+            raise UserError(f"--{f.name.replace('_', '-')} {values[f.name]} is too small; give {least} or more")
+    return options(**values)
 
 
 def run_script(main):
@@ -177,10 +188,11 @@ def run_script(main):
 
 
 def pick_device(name):
-    """auto -> cuda, mps or cpu, the first that this machine has."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """auto -> cuda, mps or cpu, the first that this machine has. Raises UserError for one that it lacks."""
+    here = [*["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available(), "cpu"]
+    if name not in ("auto", *here):
+        raise UserError(f"--device {name}: this machine has none that PyTorch can use; give --device {here[0]}")
+    return here[0] if name == "auto" else name
 
 
 def pick_dtype(name, device):
@@ -189,7 +201,7 @@ def pick_dtype(name, device):
 
 
 def load(folder, run, dtype, device):
-    """A model folder, or a run folder of train.py, or both -> (model, encoder or None, tokenizer, run's config or {}).
+    """A model folder, a run folder of train.py, or both -> (model, encoder or None, tokenizer, run's config or {}).
 
     Raises UserError for folders that are missing, damaged or do not belong together."""
     if not folder and not run:
@@ -214,6 +226,15 @@ def load(folder, run, dtype, device):
     return model, encoder, Tokenizer.from_folder(folder), config
 
 
+def window_of(options, config):
+    """(window, evict_ratio) of the flags; what they leave open (-1) is as in the run's config, without a run 0 and
+    0.25. Raises UserError if they do not fit together."""
+    window = config.get("window", 0) if options.window == -1 else options.window
+    evict_ratio = config.get("evict_ratio", 0.25) if options.evict_ratio == -1 else options.evict_ratio
+    eviction_size(window, evict_ratio)
+    return window, evict_ratio
+
+
 def prompt_ids(tokenizer, text, raw=False):
     """The ids that put a text to a model: in its chat format; as it stands if it has none (a base model) or if raw."""
     if tokenizer.template and not raw:
@@ -235,13 +256,13 @@ class Options:
     run: str = flag("", "run folder of train.py: its adapter, its model, its window")
     prompt: str = flag("", "what to say to the model")
     raw: bool = flag(False, "take the prompt as it is, without the chat format")
-    window: int = flag(-1, "thought tokens kept, 0 keeps all, -1: as the run was trained, else 0")
-    evict_ratio: float = flag(0.25, "share of the window that leaves at once")
-    max_new_tokens: int = flag(512, "longest completion, in tokens")
-    temperature: float = flag(0.7, "of sampling; 0 takes the likeliest token")
-    top_k: int = flag(0, "sample among the k likeliest tokens, 0 for all")
-    top_p: float = flag(1.0, "sample among the likeliest tokens that make up this mass")
-    seed: int = flag(0, "makes the draw repeatable")
+    window: int = flag(-1, "thought tokens kept, 0 keeps all, -1: as the run was trained, else 0", least=-1)
+    evict_ratio: float = flag(-1.0, "share of the window that leaves at once, -1: as the run was trained, else 0.25")
+    max_new_tokens: int = flag(256, "longest completion, in tokens", least=1)
+    temperature: float = flag(0.7, "of sampling; 0 takes the likeliest token", least=0)
+    top_k: int = flag(0, "sample among the k likeliest tokens, 0 for all", least=0)
+    top_p: float = flag(1.0, "sample among the likeliest tokens that make up this mass", least=0)
+    seed: int = flag(0, "makes the draw repeatable", least=0)
     show_evictions: bool = flag(False, "mark on stderr where thoughts left the window")
     dtype: str = flag("auto", "of the weights; auto: bfloat16 on a GPU, else float32", ("auto", *DTYPES))
     device: str = flag("auto", "auto: cuda, mps or cpu", ("auto", "cuda", "mps", "cpu"))
@@ -252,7 +273,7 @@ def main():
     if not o.prompt:
         raise UserError('nothing to say: give --prompt "..."')
     model, encoder, tokenizer, config = load(o.model, o.run, o.dtype, o.device)
-    window = config.get("window", 0) if o.window == -1 else o.window
+    window, evict_ratio = window_of(o, config)
     ids = prompt_ids(tokenizer, o.prompt, raw=o.raw)
     decoder, count, start = codecs.getincrementaldecoder("utf-8")("replace"), 0, time.time()
 
@@ -262,10 +283,10 @@ def main():
         if tokens[0].item() not in model.config.eos_ids:
             print(decoder.decode(tokenizer.decode_bytes(tokens.tolist())), end="", flush=True)
         if evicted and o.show_evictions:
-            print(f"[-{eviction_size(window, o.evict_ratio)}]", end="", file=sys.stderr, flush=True)
+            print(f"[-{eviction_size(window, evict_ratio)}]", end="", file=sys.stderr, flush=True)
 
     rollout = generate(model, encoder, [ids], max_new_tokens=o.max_new_tokens, window=window,
-                       evict_ratio=o.evict_ratio, n_ids=tokenizer.n_ids, temperature=o.temperature, top_k=o.top_k,
+                       evict_ratio=evict_ratio, n_ids=tokenizer.n_ids, temperature=o.temperature, top_k=o.top_k,
                        top_p=o.top_p, seed=o.seed, on_token=stream)
     print(decoder.decode(b"", final=True), flush=True)
     print(f"{count} tokens, {count / (time.time() - start):.1f} tokens/s, {int(rollout.evictions()[0])} evictions, "

@@ -33,7 +33,7 @@ from encoder import KINDS, UPDATES
 from evaluate import ask, extract_answer, load_problems, same_answer, solve
 from grpo import backward, group_advantages, micro_batches, overlong_penalty
 from model import ModelConfig, Tokenizer, Transformer, UserError, hugging_face_name, write_safetensors
-from rollout import DTYPES, attach, command_line, flag, generate, pick_device, pick_dtype, run_script
+from rollout import DTYPES, attach, check_prompts, command_line, flag, generate, pick_device, pick_dtype, run_script
 
 PRESETS = {  # what differs from the defaults of Config
     "tiny": {},
@@ -53,31 +53,31 @@ class Config:
     out: str = flag("", "run folder to write; default runs/MODEL-ADAPTER-SEED")
     adapter: str = flag("pte", "thought encoding, plain LoRA, or the paper's two ablations", KINDS)
     memory_update: str = flag("paper", "paper: the older, the fainter; sum: all evictions weigh alike", UPDATES)
-    truncate_memory: int = flag(0, "evictions that the gradient reaches back, 0 for all")
-    rank: int = flag(16, "R, rank of the adapter and width of the state")
-    global_tokens: int = flag(16, "M, learnable queries of the thought encoder")
-    alpha: float = flag(32.0, "the adapter's update is scaled by alpha / rank")
+    truncate_memory: int = flag(0, "evictions that the gradient reaches back, 0 for all", least=0)
+    rank: int = flag(16, "R, rank of the adapter and width of the state", least=1)
+    global_tokens: int = flag(16, "M, learnable queries of the thought encoder", least=1)
+    alpha: float = flag(32.0, "the adapter's update is scaled by alpha / rank", least=0)
     window: int = flag(16, "W, thought tokens kept in the cache, 0 keeps all")
     evict_ratio: float = flag(0.25, "share of the window that leaves at once")
-    max_new_tokens: int = flag(34, "longest completion, in tokens")
-    prompts: int = flag(16, "N, problems a step")
-    group_size: int = flag(16, "G, completions of each")
-    steps: int = flag(400, "updates of the adapter")
-    lr: float = flag(1e-3, "peak learning rate of AdamW")
-    warmup: int = flag(10, "steps of rising learning rate; then it falls along a line to 10 %% of the peak")
-    max_grad_norm: float = flag(1.0, "longer gradients are scaled down to this norm")
-    micro_batch: int = flag(256, "rows that are replayed at once; changes memory, not the result")
-    inner_epochs: int = flag(1, "updates per rollout; above 1 the clip acts")
-    clip_low: float = flag(0.2, "the ratio is clipped below 1 - this")
-    clip_high: float = flag(0.28, "and above 1 + this")
-    kl_coef: float = flag(0.0, "weight of the KL to the base model with its full cache")
+    max_new_tokens: int = flag(34, "longest completion, in tokens", least=1)
+    prompts: int = flag(16, "N, problems a step", least=1)
+    group_size: int = flag(16, "G, completions of each", least=2)
+    steps: int = flag(300, "updates of the adapter", least=1)
+    lr: float = flag(1e-3, "peak learning rate of AdamW", least=0)
+    warmup: int = flag(10, "steps of rising learning rate; then it falls along a line to 10 %% of the peak", least=0)
+    max_grad_norm: float = flag(1.0, "longer gradients are scaled down to this norm", least=0)
+    micro_batch: int = flag(256, "rows that are replayed at once; changes memory, not the result", least=1)
+    inner_epochs: int = flag(1, "updates per rollout; above 1 the clip acts", least=1)
+    clip_low: float = flag(0.2, "the ratio is clipped below 1 - this", least=0)
+    clip_high: float = flag(0.28, "and above 1 + this", least=0)
+    kl_coef: float = flag(0.0, "weight of the KL to the base model with its full cache", least=0)
     loss: str = flag("grpo", "dr_grpo: no std, constant length; dapo: skip groups without spread, punish overlong ones",
                      ("grpo", "dr_grpo", "dapo"))
-    overlong_buffer: int = flag(0, "dapo: tokens before max-new-tokens over which the punishment grows")
-    base_steps: int = flag(250, "tiny: supervised steps that make the base model")
-    test_problems: int = flag(500, "tiny: problems of each K in the table of arms, 0 for no table")
-    sample_every: int = flag(20, "steps between records in samples.jsonl")
-    seed: int = flag(0, "of the base, the data, the draws and the adapter")
+    overlong_buffer: int = flag(0, "dapo: tokens before max-new-tokens over which the punishment grows", least=0)
+    base_steps: int = flag(300, "tiny: supervised steps that make the base model", least=1)
+    test_problems: int = flag(500, "tiny: problems of each K in the table of arms, 0 for no table", least=0)
+    sample_every: int = flag(20, "steps between records in samples.jsonl", least=1)
+    seed: int = flag(0, "of the base, the data, the draws and the adapter", least=0)
     device: str = flag("auto", "auto: cuda, mps or cpu", ("auto", "cuda", "mps", "cpu"))
     dtype: str = flag("auto", "of the frozen weights; auto: bfloat16 on a GPU, else float32", ("auto", *DTYPES))
 
@@ -87,7 +87,7 @@ class Config:
 TINY = {  # config.json
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 15, "hidden_size": 96,
     "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24,
-    "intermediate_size": 256, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 100.0,
+    "intermediate_size": 256, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 100.0,
     "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": 14}
 COUNTS = (1, 2, 3)  # K, lists in a problem: the base learns all, GRPO trains on 1 and 2, the table shows all
 
@@ -243,18 +243,24 @@ def train_step(c, step, model, encoder, tokenizer, optimizer, problems):
 def check(c):
     """Raises UserError for settings that cannot work, before anything is written."""
     eviction_size(c.window, c.evict_ratio)
-    for name, least in (("group_size", 2), ("prompts", 1), ("steps", 1), ("rank", 1), ("global_tokens", 1),
-                        ("micro_batch", 1), ("inner_epochs", 1), ("max_new_tokens", 1), ("base_steps", 1),
-                        ("sample_every", 1)):
-        if getattr(c, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)} is too small; give {least} or more")
     if c.adapter == "lora" and c.rank != c.global_tokens:
         raise UserError(f"--adapter lora wants --global-tokens equal to --rank ({c.rank}): its state is an identity")
     if (c.model == "tiny") != (c.data == "tally"):
         raise UserError(f"--model {c.model} --data {c.data}: the tiny model reads tally, others a file; give a model "
                         "folder and a JSONL file, or neither")
+    if c.model == "tiny" and 14 + c.max_new_tokens > TINY["max_position_embeddings"]:
+        raise UserError(f"--max-new-tokens {c.max_new_tokens} exceeds the tiny model's context of "
+                        f"{TINY['max_position_embeddings']} with its problem of 14; give less")
     if Path(c.out).exists() and not (Path(c.out).is_dir() and not any(Path(c.out).iterdir())):
         raise UserError(f"{c.out} already holds a run, or something else; give another --out, or remove it")
+
+
+def make_folder(path):
+    """Makes the run folder. Raises UserError if that cannot be done."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path} ({error.strerror}); give another --out") from None
 
 
 def main():
@@ -266,15 +272,18 @@ def main():
     out, started = Path(c.out), time.time()
     problems = None if c.data == "tally" else load_problems(c.data)
     if c.model == "tiny":
+        make_folder(out)
         build_base(out / "base", c.base_steps, c.seed, device)
     folder = out / "base" if c.model == "tiny" else c.model
     tokenizer = Tokenizer.from_folder(folder)
     model = Transformer.from_folder(folder, dtype=pick_dtype(c.dtype, device), device=device)
+    if problems:
+        check_prompts(model, [ask(tokenizer, p["problem"]) for p in problems], c.max_new_tokens)
+        make_folder(out)
     torch.manual_seed(c.seed)
     encoder = attach(model, asdict(c))
     trainable = encoder.trainable()
     optimizer = torch.optim.AdamW(trainable.values(), lr=c.lr, betas=(0.8, 0.99), weight_decay=0.0)
-    out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(asdict(c), indent=2) + "\n")
     print(f"{c.adapter} on {folder}: {sum(p.numel() for p in trainable.values()):,} trained numbers, window "
           f"{c.window}, {c.prompts} x {c.group_size} rollouts a step, {device}; all goes to {out}", file=sys.stderr)

@@ -1,4 +1,5 @@
 """The gradient of the replay, segment by segment, is that of one graph; what it costs in memory does not grow."""
+import gc
 import weakref
 from dataclasses import replace
 
@@ -96,18 +97,39 @@ def saved_bytes(model, encoder, r, truncate=0):
     return found
 
 
-def test_saved_bytes_do_not_grow_with_the_thought_if_the_chain_is_truncated():
-    """3 segments or 12, of E = 4 thoughts each. The exact chain adds what was evicted, a full cache far more."""
+@pytest.fixture
+def thoughts():
+    """A model, its encoder, and rollouts of 3 and of 12 segments: W = 16, then E = 4 thoughts each."""
     model = tiny_model()
     encoder = tiny_encoder(model, R=2, M=3)                                     # a state is small beside 4 thoughts
-    short, long = (generate(model, encoder, tiny_prompts(3, 7, 1, 5), max_new_tokens=n, window=16)
-                   for n in (1 + 16 + 2 * 4, 1 + 16 + 11 * 4))
+    return model, encoder, *(generate(model, encoder, tiny_prompts(3, 7, 1, 5), max_new_tokens=n, window=16)
+                             for n in (1 + 16 + 2 * 4, 1 + 16 + 11 * 4))
+
+
+EVICTED = 2 * 4 * 16 * 4 * 2 * 4                                                # bytes: k and v, E, KV*D, float32, L, B
+
+
+def test_saved_bytes_do_not_grow_with_the_thought_if_the_chain_is_truncated(thoughts):
+    """To the byte. The exact chain grows by what was evicted and little more, a full cache far more."""
+    model, encoder, short, long = thoughts
     a, b = saved_bytes(model, encoder, short, truncate=1), saved_bytes(model, encoder, long, truncate=1)
     assert len(a) == 3 and len(b) == 12 and max(a) == max(b)
-    assert set(b[2:]) == {a[2]}                                                 # to the byte
+    assert set(b[2:]) == {a[2]}
     exact = saved_bytes(model, encoder, long)
     growth = {later - sooner for sooner, later in zip(exact[2:], exact[3:])}
-    evicted = 2 * 4 * 16 * 4 * 2 * 4                                            # k and v, E, KV*D, bytes, L, B
-    assert len(growth) == 1 and evicted <= growth.pop() <= 1.5 * evicted
+    assert len(growth) == 1 and EVICTED <= growth.pop() <= 1.5 * EVICTED
     full = [max(saved_bytes(model, encoder, replace(r, window=0, evict_size=0))) for r in (short, long)]
-    assert full[1] - full[0] > 10 * 9 * evicted                                 # for the same 9 * 4 tokens more
+    assert full[1] - full[0] > 10 * 9 * EVICTED                                 # for the same 9 * 4 tokens more
+
+
+@pytest.mark.parametrize("truncate, growth", [(0, EVICTED), (1, 0), (3, 0)])
+def test_between_segments_only_evicted_keys_and_values_are_kept(truncate, growth, thoughts):
+    """All tensors that are alive, saved by autograd or not, once a segment's graph is gone."""
+    model, encoder, _, long = thoughts
+    sizes = []
+    for logps, _ in grpo.replay(model, encoder, long, torch.arange(4), truncate):
+        logps.sum().backward()
+        gc.collect()
+        storages = [x.untyped_storage() for x in gc.get_objects() if type(x) is torch.Tensor]
+        sizes.append(sum({x.data_ptr(): x.nbytes() for x in storages}.values()))
+    assert {later - sooner for sooner, later in zip(sizes[4:], sizes[5:])} == {growth}

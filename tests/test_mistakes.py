@@ -8,14 +8,15 @@ import torch
 import evaluate
 import rollout
 import train
-from model import ModelConfig, Transformer, UserError, hugging_face_name, write_safetensors
+from model import ModelConfig, Transformer, hugging_face_name, write_safetensors
 from test_scripts import call
 
 GOOD = '{"problem": "527184=", "answer": 7}'
 DATA = {  # name of a file, what it holds
-    "good": GOOD, "empty": "\n \n", "cut": GOOD + '\n{"problem": "1', "list": GOOD + "\n\n[1]", "silent": '{"problem": "1"}',
-    "mute": '{"answer": "1"}', "blank": '{"problem": "1", "answer": " "}', "hashes": '{"problem": "1", "answer": "5 ####"}',
-    "long": json.dumps({"problem": "1" * 500, "answer": "1"}), "letters": '{"problem": "abc", "answer": "1"}'}
+    "good": GOOD, "empty": "\n \n", "cut": GOOD + '\n{"problem": "1', "list": GOOD + "\n\n[1]",
+    "mute": '{"answer": "1"}', "silent": '{"problem": "1"}', "blank": '{"problem": "1", "answer": " "}',
+    "hashes": '{"problem": "1", "answer": "5 ####"}',
+    "long": json.dumps({"problem": "1" * 4000, "answer": "1"}), "letters": '{"problem": "abc", "answer": "1"}'}
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +43,13 @@ def place(tmp_path_factory):
     return here
 
 
-TRAIN, FILE = "--base-steps 1 --steps 1 --out new ", "--out new --model run/base --data "
+TRAIN = "--base-steps 1 --steps 1 --prompts 1 --test-problems 0 --out new "
+FILE = TRAIN + "--model run/base --data "
 ASK, SCORE = "--raw --prompt 12= --max-new-tokens 9 ", "--max-new-tokens 9 --run run --data "
 MISTAKES = {  # script: [(command line, words of the one line that it says)]
     train: [
         ("--bogus 1", "--bogus"), ("stray", "stray"), ("--steps two", "--steps 'two'"), ("--loss", "--loss"),
-        ("--preset huge", "--preset 'huge'"), ("--adapter qlora", "--adapter 'qlora'"), ("--dtype int8", "--dtype 'int8'"),
+        ("--preset huge", "--preset 'huge'"), ("--adapter qlora", "--adapter 'qlora'"),
         (TRAIN + "--window 10 --evict-ratio 0.25", "--window 10 --evict-ratio 0.25 divides"),
         (TRAIN + "--window -4", "--window -4"), (TRAIN + "--evict-ratio nan", "--evict-ratio nan"),
         (TRAIN + "--group-size 1", "--group-size 1"), (TRAIN + "--steps 0", "--steps 0"),
@@ -64,11 +66,12 @@ MISTAKES = {  # script: [(command line, words of the one line that it says)]
         (FILE + "nowhere.jsonl", "nowhere.jsonl"), (FILE + "empty.jsonl", "empty.jsonl no problems"),
         (FILE + "binary.jsonl", "binary.jsonl UTF-8"), (FILE + "cut.jsonl", "cut.jsonl, line 2: JSON"),
         (FILE + "list.jsonl", "list.jsonl, line 3: object"), (FILE + "mute.jsonl", "mute.jsonl, line 1: 'problem'"),
-        (FILE + "silent.jsonl", "silent.jsonl, line 1: 'answer'"), (FILE + "blank.jsonl", "blank.jsonl, line 1: 'answer'"),
+        (FILE + "silent.jsonl", "silent.jsonl, line 1: 'answer'"),
+        (FILE + "blank.jsonl", "blank.jsonl, line 1: 'answer'"),
         (FILE + "hashes.jsonl", "hashes.jsonl, line 1: 'answer'"),
-        (FILE + "long.jsonl --max-new-tokens 999", "500 999 context"), (FILE + "letters.jsonl", "prompt token")],
+        (FILE + "long.jsonl --max-new-tokens 999", "4000 999 context"), (FILE + "letters.jsonl", "prompt token")],
     rollout: [
-        ("--top 3", "--top"), (ASK, "--model --run"), ("--run run", "--prompt"), (ASK + "--model nowhere", "nowhere"),
+        ("--temp 1", "--temp"), (ASK, "--model --run"), ("--run run", "--prompt"), (ASK + "--model nowhere", "nowhere"),
         (ASK + "--run nowhere", "nowhere/config.json"), (ASK + "--run run/base", "run/base/config.json"),
         (ASK + "--run unfinished", "unfinished/adapter.safetensors"),
         (ASK + "--run run --model wide", "run/adapter.safetensors wide"),
@@ -81,8 +84,8 @@ MISTAKES = {  # script: [(command line, words of the one line that it says)]
         ("--run run", "--data"), ("--data good.jsonl", "--model --run"), (SCORE + "nowhere.jsonl", "nowhere.jsonl"),
         (SCORE + "empty.jsonl", "empty.jsonl"), (SCORE + "cut.jsonl", "cut.jsonl, line 2:"),
         (SCORE + "good.jsonl --json list.jsonl", "list.jsonl exists"), (SCORE + "good.jsonl --window 3", "--window 3"),
-        (SCORE + "good.jsonl --json nowhere/out.json", "nowhere/out.json"), (SCORE + "good.jsonl --batch 0", "--batch 0"),
-        (SCORE + "long.jsonl --max-new-tokens 999", "500 999 context"), (SCORE + "letters.jsonl", "prompt token")],
+        (SCORE + "good.jsonl --json nowhere/out.json", "nowhere"), (SCORE + "good.jsonl --batch 0", "--batch 0"),
+        (SCORE + "long.jsonl --max-new-tokens 999", "4000 999 context"), (SCORE + "letters.jsonl", "prompt token")],
 }
 
 
@@ -107,5 +110,5 @@ def test_a_mistake_is_answered_in_one_line(place, monkeypatch, capsys, module, l
 def test_only_newlines_end_a_line_of_data(tmp_path):
     """JSON may hold line separators of Unicode as they are; str.splitlines would cut there."""
     path, text = tmp_path / "x.jsonl", "a\u2028b\x85c"
-    path.write_text(json.dumps({"problem": text, "answer": "1"}, ensure_ascii=False) + "\r\n", encoding="utf-8", newline="")
+    path.write_bytes((json.dumps({"problem": text, "answer": "1"}, ensure_ascii=False) + "\r\n").encode())
     assert evaluate.load_problems(path) == [{"problem": text, "answer": "1"}]

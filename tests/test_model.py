@@ -1,7 +1,7 @@
 """The transformer against Hugging Face's, on small random folders, and folders that are not what they should be.
 
 GOLD was computed once with transformers 5.23.0 (float32, CPU), so the first test needs no such package; where it is
-installed, the second one compares all logits, and the GOLD with it."""
+installed, the second one compares all logits, and GOLD, with it."""
 import json
 
 import numpy as np
@@ -91,7 +91,7 @@ def logits_of(folder, dtype=torch.float32):
 
 
 def summary(logits):
-    return [round(x, 5) for x in [*logits[WHERE].tolist(), logits.abs().mean().item()]]
+    return [round(x, 5) for x in (*logits[WHERE].tolist(), logits.abs().mean().item())]
 
 
 def test_some_logits_equal_gold(named_folder):
@@ -115,13 +115,12 @@ def bf16_folder(tmp_path):
 
 def test_bfloat16_weights_stay_bfloat16_and_are_not_copied(bf16_folder):
     model = Transformer.from_folder(bf16_folder)  # bfloat16 is the default
-    parameters = list(model.parameters())
+    parameters = [*model.parameters()]
     assert all(p.dtype == torch.bfloat16 and not p.requires_grad for p in parameters)
     rough, exact = logits_of(bf16_folder, torch.bfloat16), logits_of(bf16_folder)
     assert rough.dtype == torch.bfloat16 and (rough - exact).abs().mean() < 0.02 * exact.abs().mean()
     # Views of the mapped file lie back to back, as the tensors in it; copies would not.
-    last = max(parameters, key=torch.Tensor.data_ptr)
-    span = last.data_ptr() + last.nbytes - min(p.data_ptr() for p in parameters)
+    span = max(p.data_ptr() + p.nbytes for p in parameters) - min(p.data_ptr() for p in parameters)
     assert span == sum(p.nbytes for p in parameters)
 
 

@@ -1,9 +1,10 @@
-"""The three scripts as a person uses them: what they write and print, and that a run repeats. (Mistakes: test_mistakes.py)"""
+"""The three scripts as a person uses them: what they write and print. (Mistakes: test_mistakes.py)"""
 import json
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ import torch
 import evaluate
 import rollout
 import train
+from grpo import group_advantages
 from model import read_safetensors
 from rollout import command_line
 
-ROOT = Path(__file__).resolve().parent.parent
-SMALL = "--steps 2 --prompts 2 --group-size 4 --window 8 --test-problems 4 --base-steps 3 --device cpu".split()
+SMALL = ("--steps 2 --prompts 2 --group-size 4 --window 8 --evict-ratio 0.5 --test-problems 4 --base-steps 3 "
+         "--device cpu").split()
 METRICS = ("step reward accuracy response_tokens truncated evictions loss grad_norm logp_gap ratio_clipped kl "
            "tokens_per_second peak_memory_mb seconds").split()
 
@@ -52,8 +54,8 @@ def trained(tmp_path_factory):
 def problems(tmp_path_factory):
     """A file of problems that the tiny model can read, under the three names that a problem may have."""
     path = tmp_path_factory.mktemp("data") / "problems.jsonl"
-    rows = [{key: f"{number}=", "answer": answer} for key, number, answer in (
-        ("problem", 527184, "7"), ("question", 903341, 0), ("prompt", 12, "so far 5\n#### 3"))]
+    rows = [{"problem": "527184=", "answer": "7"}, {"question": "903341=", "answer": 0},
+            {"prompt": "12=", "answer": "so far 5\n#### 3"}]
     path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     return path
 
@@ -61,9 +63,8 @@ def problems(tmp_path_factory):
 def test_what_a_run_writes(trained):
     config = json.loads((trained / "config.json").read_text())
     assert config.keys() == {f.name for f in fields(train.Config)} and config["window"] == 8
-    metrics = lines(trained / "metrics.jsonl")
-    assert [m["step"] for m in metrics] == [1, 2]
-    for m in metrics:
+    assert [m["step"] for m in lines(trained / "metrics.jsonl")] == [1, 2]
+    for m in lines(trained / "metrics.jsonl"):
         assert [*m] == METRICS
         assert m["evictions"] > 0 and 0 <= m["logp_gap"] < 1e-4 and m["seconds"] > 0
     samples = lines(trained / "samples.jsonl")
@@ -77,7 +78,7 @@ def test_what_a_run_writes(trained):
 
 
 def train_on_file(trained, problems, out, *flags):
-    """Trains on a file, where half of all texts count as right: so there is something to learn from."""
+    """Trains on a file; half of all texts count as right, so that there is something to learn from."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "extract_answer", lambda text: text)
         patch.setattr(train, "same_answer", lambda gold, text: sum(map(ord, text)) % 2 == 0)
@@ -103,8 +104,7 @@ def test_every_variant_trains_and_makes_a_difference(trained, problems, plain, t
         assert (m["kl"] > 0) == ("kl" in flags)
         assert (m["ratio_clipped"] > 0) == ("epochs" in flags)
     mine, usual = adapter(run), adapter(plain)
-    assert mine.isfinite().all()
-    assert len(mine) < len(usual) if "lora" in flags else len(mine) == len(usual) and not torch.equal(mine, usual)
+    assert len(mine) < len(usual) if "lora" in flags else (mine - usual).abs().max() > 1e-6  # fails for nan, too
 
 
 def test_a_seed_repeats_a_run_bit_for_bit(trained, problems, plain, tmp_path):
@@ -112,6 +112,15 @@ def test_a_seed_repeats_a_run_bit_for_bit(trained, problems, plain, tmp_path):
     other = train_on_file(trained, problems, tmp_path / "other", "--seed", 1)
     assert torch.equal(adapter(again), adapter(plain)) and not torch.equal(adapter(other), adapter(plain))
     assert lines(again / "samples.jsonl") == lines(plain / "samples.jsonl") != lines(other / "samples.jsonl")
+
+
+def test_the_seed_reaches_problems_and_draws(trained, problems, tmp_path):
+    first, second = (next(train.batches(train.Config(seed=seed), None)) for seed in (0, 1))
+    assert first != second
+    one = tmp_path / "one.jsonl"  # one problem, and a fresh adapter changes nothing: only the draws can differ
+    one.write_text(problems.read_text().splitlines()[0])
+    runs = [train_on_file(trained, one, tmp_path / seed, "--seed", seed, "--steps", 1) for seed in "01"]
+    assert lines(runs[0] / "samples.jsonl") != lines(runs[1] / "samples.jsonl")
 
 
 def test_micro_batches_change_memory_and_not_the_result(trained, problems, plain, tmp_path):
@@ -122,37 +131,74 @@ def test_micro_batches_change_memory_and_not_the_result(trained, problems, plain
     assert (adapter(small) - adapter(plain)).abs().max() < 1e-5
 
 
-def test_tally_pays_for_the_exact_answer_and_nothing_else(trained, monkeypatch):
-    paid = {"Answer:042": 1, "12=;3Answer:7;Answer:042": 1, "Answer:042 unended": 0, "Answer:042;": 0, "Answer:0421": 0,
-            "Answer:42": 0, "Answer:0420": 0, "Answer:04": 0, "Answer:": 0, "042": 0, "": 0, "Answer:042;Answer:": 0}
+def graded(trained, texts, **changes):
+    """One train_step on given completions of one tally whose answer is 042; " cut" marks one that did not end.
+    -> {"rewards", "use_std": as group_advantages got it, "total": as backward got it}"""
     model, encoder, tokenizer, _ = rollout.load("", trained, "float32", "cpu")
-    rows = [tokenizer.encode(text.split(" ")[0]) + [0 if "unended" in text else 14] for text in paid]
-    rows[2].pop()
-    lengths = torch.tensor([len(row) for row in rows])
-    tokens = torch.tensor([row + [14] * (40 - len(row)) for row in rows])
-    made = rollout.Rollout(torch.ones(1, 2), torch.tensor([2]), torch.zeros(len(rows), dtype=torch.long), tokens,
-                           lengths, torch.zeros(len(rows), 40), lengths > 0, 0, 0, 15)
-    made.ended[2] = False
-    rewards = []
-    monkeypatch.setattr(train, "generate", lambda *_, **__: made)
-    monkeypatch.setattr(train, "group_advantages", lambda r, *_, **__: rewards.extend(r.tolist()) or torch.zeros(12))
-    monkeypatch.setattr(train, "backward", lambda *_, **__: dict(loss=0, clipped=0, kl=0, gap=0))
-    train.train_step(train.Config(group_size=len(rows)), 0, model, encoder, tokenizer,
-                     torch.optim.AdamW(encoder.trainable().values()), [{"problem": "12=", "answer": "042"}])
-    assert dict(zip(paid, rewards)) == paid
+    rows = [tokenizer.encode(text.removesuffix(" cut")) + [14] * (not text.endswith(" cut")) for text in texts]
+    made = rollout.Rollout(
+        prompt_ids=torch.ones(1, 2), prompt_lengths=torch.tensor([2]), prompt_of=torch.zeros(len(rows)).long(),
+        tokens=torch.tensor([row + [14] * (40 - len(row)) for row in rows]), logps=torch.zeros(len(rows), 40),
+        lengths=torch.tensor([len(row) for row in rows]), ended=torch.tensor([row[-1:] == [14] for row in rows]),
+        window=0, evict_size=0, n_ids=15)
+    seen, nothing = {}, dict(loss=0, clipped=0, kl=0, gap=0)
+
+    def advantages(rewards, group_size, **keywords):
+        seen.update(rewards=rewards.tolist(), **keywords)
+        return group_advantages(rewards, group_size, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "generate", lambda *_, **__: made)
+        patch.setattr(train, "group_advantages", advantages)
+        patch.setattr(train, "backward", lambda *_, **k: seen.update(total=k["total"]) or nothing)
+        c = train.Config(group_size=len(rows) // 2, max_new_tokens=40, **changes)
+        train.train_step(c, 0, model, encoder, tokenizer, torch.optim.AdamW(encoder.trainable().values()),
+                         [{"problem": "12=", "answer": "042"}] * 2)
+    return seen
+
+
+PAID = {"Answer:042": 1, "12=;3Answer:7;Answer:042": 1, "Answer:042 cut": 0, "Answer:042;": 0, "Answer:0421": 0,
+        "Answer:42": 0, "Answer:0420": 0, "Answer:04": 0, "Answer:": 0, "042": 0, "": 0, "Answer:042;Answer:": 0}
+
+
+def test_tally_pays_for_the_exact_answer_and_nothing_else(trained):
+    assert dict(zip(PAID, graded(trained, PAID)["rewards"])) == PAID
+
+
+def test_each_loss_divides_as_it_should(trained):
+    lengths = [5, 13, 4, 6, 6, 4, 6, 4, 2, 4, 1, 7]  # of PAID: `Answer:` is one token, the end another
+    for loss, use_std, total in (("grpo", True, sum(lengths)), ("dr_grpo", False, 12 * 40),
+                                 ("dapo", True, sum(lengths[:6]))):  # in the second group none is right
+        seen = graded(trained, PAID, loss=loss)
+        assert seen["use_std"] == use_std and seen["total"] == total
+    rewards = graded(trained, PAID, loss="dapo", overlong_buffer=30)["rewards"]
+    assert rewards[1] == pytest.approx(1 - 3 / 30) and rewards[4] == 0
 
 
 def test_rollout_prints_the_completion_and_nothing_else(trained, capsys):
     model, encoder, tokenizer, _ = rollout.load("", trained, "float32", "cpu")
-    want = rollout.generate(model, encoder, [tokenizer.encode("12=")], max_new_tokens=30, window=8, n_ids=15, seed=3,
-                            temperature=0.7)
-    ids = [i for i in want.completions()[0] if i != 14]
-    assert want.evictions() > 2
-    assert call(rollout, "--run", trained, "--prompt", "12=", "--raw", "--max-new-tokens", 30, "--seed", 3,
-                "--show-evictions") == 0
+    saved = read_safetensors(trained / "adapter.safetensors")
+    assert all(torch.equal(p, saved[name]) for name, p in encoder.trainable().items())
+    for seed in range(100):  # until one ends by itself after two evictions
+        want = rollout.generate(model, encoder, [tokenizer.encode("12=")], max_new_tokens=30, window=8, evict_ratio=0.5,
+                                n_ids=15, seed=seed, temperature=0.7)
+        if want.ended and want.evictions() >= 2:
+            break
+    argv = ["--run", trained, "--prompt", "12=", "--raw", "--max-new-tokens", 30, "--seed", seed, "--show-evictions"]
+    assert call(rollout, *argv) == 0
     out, err = capsys.readouterr()
-    assert out == tokenizer.decode(ids) + "\n"
-    assert err.count("[-2]") == want.evictions() and "tokens/s" in err and " MB" in err
+    assert out == tokenizer.decode(want.completions()[0][:-1]) + "\n"
+    assert err.count("[-4]") == want.evictions() and "tokens/s" in err and " MB" in err
+
+
+def test_rollout_takes_a_raw_prompt_as_it_is(trained, tmp_path, capsys):
+    folder = copytree(trained / "base", tmp_path / "base")
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}=")
+    said = []
+    for argv in (["12"], ["12=", "--raw"], ["12", "--raw"]):  # without --max-new-tokens: the default fits too
+        assert call(rollout, "--model", folder, "--prompt", *argv) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2]
 
 
 def test_evaluate_writes_its_scores(trained, problems, tmp_path, capsys):
@@ -175,11 +221,11 @@ CONTRACT = {  # the flags that the project promises, with a value that is no def
 
 @pytest.mark.parametrize("module", CONTRACT, ids=lambda m: m.__name__)
 def test_flags_are_a_contract(module, capsys):
-    options = train.Config if module is train else module.Options
+    options, presets = (train.Config, train.PRESETS) if module is train else (module.Options, None)
     promised = dict(pair.split("=") for pair in CONTRACT[module].split())
     for spell in (str, lambda name: name.replace("-", "_")):
         argv = [word for name, value in promised.items() for word in ("--" + spell(name), value)]
-        got = command_line(options, "", train.PRESETS if module is train else None, argv)
+        got = command_line(options, "", presets, argv)
         assert {name: str(getattr(got, name.replace("-", "_"))) for name in promised} == promised
     assert call(module, "--help") == 0
     shown = capsys.readouterr().out
@@ -193,11 +239,11 @@ def test_presets(preset):
     assert c.steps == 77 and all(getattr(c, k) == v for k, v in train.PRESETS[preset].items() if k != "steps")
 
 
-@pytest.mark.parametrize("line, code, words", [
-    ("train.py --bogus", 2, "--bogus"), ("evaluate.py --run RUN --data nowhere.jsonl", 2, "nowhere.jsonl"),
-    ("rollout.py --run RUN --prompt 12= --raw", 0, "tokens/s")])
+@pytest.mark.parametrize("line, code, words", [("train.py --bogus", 2, "--bogus"),
+    ("evaluate.py --run RUN --data nowhere.jsonl", 2, "nowhere.jsonl"),
+    ("rollout.py --run RUN --prompt 12= --raw --max-new-tokens 9", 0, "tokens/s")])
 def test_exit_codes_and_streams(trained, line, code, words):
     script, *argv = line.replace("RUN", str(trained)).split()
-    done = subprocess.run([sys.executable, ROOT / script, *argv], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, Path(train.__file__).parent / script, *argv], capture_output=True, text=True)
     assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1 and (code == 0) == (done.stdout != "")
