@@ -147,7 +147,7 @@ class Transformer(nn.Module):
         Without a cache the tokens stand at 0..T-1 and see what is before them. With one, they are appended to it, and
         it says where they stand and what they see. S: thought states (L, B or 1, M, R), or None for no adapter."""
         T = ids.shape[1]
-        positions, mask = cache.begin(T) if cache else (torch.arange(T, device=ids.device)[None], None)
+        positions, mask = (torch.arange(T, device=ids.device)[None], None) if cache is None else cache.begin(T)
         angles = positions[:, None, :, None] * self.frequencies.to(ids.device)  # (B or 1, 1, T, D/2)
         rope = angles.cos(), angles.sin()
         x = self.embedding(ids)                                                 # (B, T, C)

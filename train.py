@@ -13,6 +13,7 @@ cache. Under a window of 16 the first of two sums (thought 11) has left the cach
 thought 27: the base can only guess, 1 in 10. GRPO, which rewards the right answer and nothing else, has to teach the
 thought encoder to carry it.
 
+Reward of tally: R = 1 if what follows `Answer:` is the gold text, to the letter, and the rollout ended; else 0.
 Left out: several GPUs, resuming a run.
 """
 import itertools
@@ -62,7 +63,7 @@ class Config:
     max_new_tokens: int = flag(34, "longest completion, in tokens", least=1)
     prompts: int = flag(16, "N, problems a step", least=1)
     group_size: int = flag(16, "G, completions of each", least=2)
-    steps: int = flag(300, "updates of the adapter", least=1)
+    steps: int = flag(200, "updates of the adapter", least=1)
     lr: float = flag(1e-3, "peak learning rate of AdamW", least=0)
     warmup: int = flag(10, "steps of rising learning rate; then it falls along a line to 10 %% of the peak", least=0)
     max_grad_norm: float = flag(1.0, "longer gradients are scaled down to this norm", least=0)
@@ -265,8 +266,7 @@ def make_folder(path):
 
 def main():
     c = command_line(Config, __doc__, PRESETS)
-    model_name = Path(c.model).name
-    c.out = c.out or f"runs/{model_name}-{c.adapter}-{c.seed}"
+    c.out = c.out or f"runs/{Path(c.model).name}-{c.adapter}-{c.seed}"
     check(c)
     device = pick_device(c.device)
     out, started = Path(c.out), time.time()
