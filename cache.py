@@ -112,8 +112,8 @@ class SlidingCache:
     def evict(self):
         """The oldest E thoughts leave. Returns their keys and values, each (L, B, E, KV*D), detached: constants.
 
-        The keys come as they lie here, turned by their position: so the encoder can tell when a thought was thought.
-        (README, "where the paper is silent": keys turned back to be free of position learn far more slowly.)"""
+        The keys come as they lie here, turned by their position: so the encoder can tell when a thought was thought
+        (README, "where the paper is silent")."""
         assert self.full
         a = self.P + self.oldest % self.window
         b = a + self.evict_size

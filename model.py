@@ -36,7 +36,6 @@ class UserError(Exception):
 class ModelConfig:
     """What config.json (a dict) says, under the names used here. Raises ValueError, KeyError or TypeError for a model
     that this file does not implement, or for numbers that make no model."""
-
     def __init__(self, raw, generation={}):
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # the name in transformers 5, and in 4
         kind, rope_type = raw.get("model_type"), rope.get("rope_type", rope.get("type", "default"))
@@ -87,6 +86,9 @@ def rotate(x, rope):
 
 class Linear(nn.Linear):
     """y = W x + b. The thought state S is taken and ignored; encoder.AdaptedLinear, put in its place, reads it."""
+    def reset_parameters(self):  # "meta" has no numbers to draw; PyTorch would import 77 MB of code to find that out
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
     def forward(self, x, S=None):
         return F.linear(x, self.weight, self.bias)
@@ -94,7 +96,6 @@ class Linear(nn.Linear):
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension, computed in float32."""
-
     def __init__(self, dim, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
@@ -134,7 +135,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.rms_eps)
         self.head = Linear(config.dim, config.vocab_size, bias=False)
@@ -168,8 +169,7 @@ class Transformer(nn.Module):
             model = cls(ModelConfig(*(read_json(file) for file in files if file == files[0] or file.exists())))
         wanted = {hugging_face_name(name): parameter.shape for name, parameter in model.named_parameters()}
         found = read_folder(path)
-        if model.config.tied:
-            found.pop("lm_head.weight", None)                                   # some folders hold a second copy
+        found.pop("lm_head.weight" if model.config.tied else None, None)        # some folders hold a second copy
         for name in sorted(wanted.keys() | found.keys()):
             there = tuple(found[name].shape) if name in found else "missing"
             if there != (promised := tuple(wanted[name]) if name in wanted else "unexpected"):
@@ -325,7 +325,6 @@ class Tokenizer:
             raise ValueError(f"{kind} model, normalizers {self._forms} or stripping added tokens: not known here")
         self._added = {token["content"]: token["id"] for token in added}
         self._special = {token["content"] for token in added if token["special"]}
-
         # tokenizer.json spells each byte as a printable letter (GPT-2's table): its own, or one from chr(256) on
         own = [*range(33, 127), *range(161, 173), *range(174, 256)]
         byte_of = {chr(b): b for b in own} | {chr(256 + k): b for k, b in enumerate(sorted({*range(256)} - {*own}))}
