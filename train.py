@@ -63,7 +63,7 @@ class Config:
     max_new_tokens: int = flag(34, "longest completion, in tokens", least=1)
     prompts: int = flag(16, "N, problems a step", least=1)
     group_size: int = flag(16, "G, completions of each", least=2)
-    steps: int = flag(200, "updates of the adapter", least=1)
+    steps: int = flag(250, "updates of the adapter", least=1)
     lr: float = flag(1e-3, "peak learning rate of AdamW", least=0)
     warmup: int = flag(10, "steps of rising learning rate; then it falls along a line to 10 %% of the peak", least=0)
     max_grad_norm: float = flag(1.0, "longer gradients are scaled down to this norm", least=0)
@@ -75,7 +75,7 @@ class Config:
     loss: str = flag("grpo", "dr_grpo: no std, constant length; dapo: skip groups without spread, punish overlong ones",
                      ("grpo", "dr_grpo", "dapo"))
     overlong_buffer: int = flag(0, "dapo: tokens before max-new-tokens over which the punishment grows", least=0)
-    base_steps: int = flag(300, "tiny: supervised steps that make the base model", least=1)
+    base_steps: int = flag(500, "tiny: supervised steps that make the base model", least=1)
     test_problems: int = flag(500, "tiny: problems of each K in the table of arms, 0 for no table", least=0)
     sample_every: int = flag(20, "steps between records in samples.jsonl", least=1)
     seed: int = flag(0, "of the base, the data, the draws and the adapter", least=0)
@@ -141,7 +141,8 @@ def build_base(folder, steps, seed, device):
             start = tokenizer.encode(p["problem"])
             text = start + tokenizer.encode(f"{p['thought']}Answer:{p['answer']}") + [TINY["eos_token_id"]]
             ids[row, :len(text)], mask[row, len(start):len(text)] = text, True
-            starts[row], lost[row] = len(start), len(p["thought"]) // p["K"] * rng.integers(p["K"])
+            gone = rng.integers(p["K"]) * rng.integers(2)                       # how many of the first lists
+            starts[row], lost[row] = len(start), len(p["thought"]) // p["K"] * gone
         ids, mask, starts, lost = (torch.from_numpy(x).to(device) for x in (ids, mask, starts, lost))
         hidden = model.hidden(ids[:, :-1], LostLists(starts, lost))[mask[:, 1:]]  # (B, T, C) -> (tokens learnt, C)
         loss = F.cross_entropy(model.head(hidden), ids[:, 1:][mask[:, 1:]])
