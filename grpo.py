@@ -92,14 +92,14 @@ def replay(model, encoder, rollout, rows, truncate=0):
                 U = encoder.write(U, *leaving)
             S = encoder.read(U)
         if done == 0:                                                           # the prompt predicts the first token
-            hidden = model.hidden(rollout.prompt_ids[prompts, :lengths.max()], cache, S)
-            last = hidden[torch.arange(len(prompts), device=hidden.device), lengths - 1]
+            hidden = model.hidden(rollout.prompt_ids[prompts, :lengths.max()], cache, S)  # (N, P, C)
+            last = hidden[torch.arange(len(prompts), device=hidden.device), lengths - 1]  # (N, C)
             hidden = last[prompt_of][:, None]                                   # (N, C) -> (b, 1, C)
             cache.spread(prompt_of)
         first, stop = done, min(T - 1, done + (E if done else cache.window))
         if stop > first:                                                        # thought n predicts token n + 1
             fed = model.hidden(tokens[:, first:stop], cache, S)                 # (b, stop - first, C)
-            hidden = fed if first else torch.cat([hidden, fed], dim=1)
+            hidden = fed if first else torch.cat([hidden, fed], dim=1)          # (b, tokens of the span, C)
         span = slice(first + 1 if first else 0, stop + 1)
         yield token_logps(model, hidden, tokens[:, span], rollout.n_ids), span
         if stop == T - 1:

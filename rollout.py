@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from cache import SlidingCache, eviction_size
-from encoder import KINDS, UPDATES, ThoughtEncoder
+from encoder import ThoughtEncoder
 from model import Tokenizer, Transformer, UserError, read_json, read_safetensors
 
 
@@ -74,7 +74,7 @@ def sample(logits, temperature, top_k, top_p, generator):
         cut = (before >= top_p) | (torch.arange(logps.shape[-1], device=logps.device) >= (top_k or logps.shape[-1]))
         cut[:, 0] = False                                                       # the likeliest always stays
         logps = torch.log_softmax(logps.masked_fill(cut.scatter(1, order, cut), -torch.inf), dim=-1)
-    # Gumbel: argmax of log p + noise is a draw from p; of p / Exp(1) likewise, with nothing to normalise.
+    # A race: with Exp(1) noise, argmax of p / noise falls on each id with probability p (the Gumbel trick, unlogged).
     noise = torch.empty_like(logps).exponential_(generator=generator)
     ids = (logps.exp() / noise).argmax(dim=-1)
     return ids, logps.gather(1, ids[:, None])[:, 0]
