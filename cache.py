@@ -64,6 +64,11 @@ class SlidingCache:
                 ring = x.new_zeros(len(rows), x.shape[1], self.window, x.shape[3])
                 buffers[layer] = torch.cat([x[rows], ring], dim=2)              # (B, KV, P + W, D)
 
+    def keep(self, rows):
+        """Only these rows (indices) go on: the others are finished."""
+        self.prompt_lengths = self.prompt_lengths[rows]
+        self.keys, self.values = ([x[rows] for x in buffers] for buffers in (self.keys, self.values))
+
     @property
     def full(self):
         """True when the oldest E thoughts must leave before the next one is written."""

@@ -17,15 +17,29 @@ so the state of the row bends the LoRA update of the row; dW = A S B itself is n
 Normalize scales each row of a state to norm 1, as the rows of an identity are: PTE with a frozen state is of the size
 of a LoRA. Keys come as the cache holds them, turned by their position (README, "where the paper is silent").
 
+The second half of the file serves all scripts: it finds a model and the adapter of a run on disk (or a model on the
+Hugging Face hub), goes on with a file of results, and reads the command line.
+
 Left out: softmax or gates in S', a state shared by layers, HeadKV's choice of what to evict.
 
 Try it:  python train.py            (and, to see what it is worth: python train.py --adapter lora)
 """
+import argparse
+import hashlib
+import json
+import re
+import sys
+from dataclasses import dataclass, field, fields
+from itertools import chain
+from pathlib import Path
+from typing import get_args, get_origin
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import Linear
+from cache import eviction_size
+from model import Linear, Tokenizer, Transformer, UserError, read_folder, read_json, read_safetensors
 
 KINDS = ("pte", "lora", "no-global", "global-only")
 UPDATES = ("paper", "sum")
@@ -107,3 +121,210 @@ class ThoughtEncoder(nn.Module):
     def trainable(self):
         """The tensors to train and save, {name: parameter}: h_g, W_Q, W_K, W_V and every A and B."""
         return {name: p for name, p in self.named_parameters() if ".base." not in name}
+
+
+# ------------------------------------------------------------------------------------ a model and its adapter on disk
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FETCHED = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+           "model*.safetensors", "model.safetensors.index.json"]
+
+
+def pick_device(name):
+    """auto -> cuda, mps or cpu, the first that this machine has. Raises UserError for one that it lacks."""
+    here = [*["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available(), "cpu"]
+    if name not in ("auto", *here):
+        raise UserError(f"--device {name}: this machine has none that PyTorch can use; give --device {here[0]}")
+    return here[0] if name == "auto" else name
+
+
+def pick_dtype(name, device):
+    """auto -> bfloat16 on a GPU, float32 on the CPU."""
+    return DTYPES[name if name != "auto" else "bfloat16" if device == "cuda" else "float32"]
+
+
+def model_folder(name):
+    """A folder as it is; for an id of the Hugging Face hub (Qwen/Qwen2.5-3B-Instruct) the folder that it is fetched to:
+    config, tokenizer and safetensors files, nothing else. Raises UserError."""
+    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
+        return name
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(f"there is no folder {name}; to fetch it from the Hugging Face hub: "
+                        "pip install huggingface_hub") from None
+    try:
+        return snapshot_download(name, allow_patterns=FETCHED)
+    except Exception as error:  # the library's errors have no common base; all of them mean that it was not fetched
+        raise UserError(f"{name} is no folder here, and the Hugging Face hub does not give it: "
+                        f"{first_line(error)}") from None
+
+
+def first_line(error):
+    """What a library's error says, in one line."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
+
+
+def fingerprint(folder):
+    """Tells models of one shape apart, or runs: a hash of the first numbers of every tensor in the folder."""
+    adapter, digest = Path(folder, "adapter.safetensors"), hashlib.sha256()
+    for _, tensor in sorted((read_safetensors(adapter) if adapter.exists() else read_folder(folder)).items()):
+        digest.update(tensor.flatten()[:64].float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def attach(model, config):
+    """A ThoughtEncoder for the model as a run's config (a dict) describes it, on the model's device."""
+    encoder = ThoughtEncoder(model, config["adapter"], config["rank"], config["global_tokens"], config["alpha"],
+                             config["memory_update"])
+    return encoder.to(model.embedding.weight.device)
+
+
+def run_config(run):
+    """The settings of a run, as train.py wrote them. Raises UserError."""
+    config = read_json(Path(run) / "config.json")
+    if "model" not in config:
+        raise UserError(f"{run}/config.json is not that of a run of train.py; give the folder that train.py wrote")
+    return config
+
+
+def base_of(run, config):
+    """The folder of the model that a run was trained on."""
+    return Path(run) / "base" if config["model"] == "tiny" else model_folder(config["model"])
+
+
+def load(folder, run, dtype, device):
+    """A model folder, a run folder of train.py, or both -> (model, encoder or None, tokenizer, run's config or {}).
+
+    Raises UserError for folders that are missing, damaged or do not belong together."""
+    if not folder and not run:
+        raise UserError("which model? give --model DIR (a Hugging Face folder) or --run RUN (a folder train.py wrote)")
+    config = run_config(run) if run else {}
+    folder, device = model_folder(folder) if folder else base_of(run, config), pick_device(device)
+    model, encoder = Transformer.from_folder(folder, dtype=pick_dtype(dtype, device), device=device), None
+    if run:
+        encoder, path = attach(model, config), Path(run) / "adapter.safetensors"
+        saved, wanted = read_safetensors(path), encoder.trainable()
+        for name in sorted(saved.keys() | wanted.keys()):
+            shapes = [tuple(tensors[name].shape) if name in tensors else "missing" for tensors in (saved, wanted)]
+            if shapes[0] != shapes[1]:
+                raise UserError(f"{path} does not fit {folder}: {name} is {shapes[0]}, for this model it would be "
+                                f"{shapes[1]}; give the model that the run was trained on ({config['model']})")
+        if config.get("fingerprint", there := fingerprint(folder)) != there:
+            raise UserError(f"{run} was trained on another model than {folder}: of the same shape, but other weights; "
+                            f"give the model that the run was trained on ({config['model']})")
+        with torch.no_grad():
+            for name, parameter in wanted.items():
+                parameter.copy_(saved[name])
+    return model, encoder, Tokenizer.from_folder(folder), config
+
+
+def arms(folder, runs):
+    """[(arm, model folder, run or "")]: the models as they were before training, then the runs. folder: the model of
+    the runs, "" for the one that each was trained on. Raises UserError."""
+    configs = {run: run_config(run) for run in runs}
+    folders = [model_folder(folder)] if folder else [base_of(run, config) for run, config in configs.items()]
+    if not folders:
+        raise UserError("which model? give --model DIR (a Hugging Face folder), or --runs RUN (folders train.py wrote)")
+    found, known = [("no training", str(f), "") for f in {fingerprint(f): f for f in folders}.values()], {}
+    for run, config in configs.items():
+        arm = {"pte": "PTE", "lora": "LoRA_c" if config["window"] else "LoRA"}.get(config["adapter"], config["adapter"])
+        settings = {k: v for k, v in config.items() if k not in ("seed", "out", "fingerprint", "device", "dtype")}
+        if known.setdefault(arm, settings) != settings:                         # more than the seed differs
+            arm = f"{arm} ({Path(run).name})"
+        found.append((arm, folder, run))
+    return found
+
+
+def resume(path, settings, per_job, unit):
+    """The records that an earlier call with the same settings left in `path`; what it left of a batch of `unit` records
+    is cut off. Raises UserError if that call had other settings."""
+    if not path.exists():
+        if path.with_suffix(".json").exists() or not path.parent.is_dir() and path.parent.name != "runs":
+            raise UserError(f"--json {path.with_suffix('.json')} exists, or its folder does not; give another")
+        return []
+    first, *lines = path.read_bytes().split(b"\n")[:-1] or [b""]                # the last piece is not a whole line
+    try:
+        there = json.loads(first)
+        changed = [name for name in settings if json.loads(json.dumps(settings[name])) != there[name]]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} exists and is not of an evaluation; give another --json, or remove it") from None
+    if changed:
+        old, new = there[changed[0]], settings[changed[0]]
+        raise UserError(f"{path} holds results with other {changed[0]} ({old}, not {new}); give another --json, or "
+                        "remove it")
+    jobs, rest = divmod(len(lines), per_job)
+    whole = jobs * per_job + rest // unit * unit
+    with open(path, "r+b") as file:
+        file.truncate(len(first) + 1 + sum(len(line) + 1 for line in lines[:whole]))
+    return [json.loads(line) for line in lines[:whole]]
+
+
+# ------------------------------------------------------------------------------------ the command line of every script
+
+
+def flag(default, help, choices=None, least=None):
+    """A dataclass field that is a command-line flag; choices or a least value bound what it may be. A tuple as default
+    makes a flag of several values, between spaces or commas."""
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
+
+
+def command_line(options, doc, presets=None, argv=None):
+    """Fills the dataclass `options` from the command line: a flag for every field, with dashes or underscores.
+
+    presets {name: {field: default}} are picked by the field `preset`. Raises UserError for an unknown flag or value."""
+    def refuse(message):
+        raise UserError(f"{message}; --help lists every flag")
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = refuse
+    for f in fields(options):
+        names = dict.fromkeys(["--" + f.name.replace("_", "-"), "--" + f.name])  # in order, without repeats
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"]}
+        if get_origin(f.type):                                                  # several values
+            kind = {"type": lambda text, to=get_args(f.type)[0]: [to(part) for part in text.split(",") if part],
+                    "nargs": "+", "metavar": "A B" if get_args(f.type)[0] is str else "N"}
+        elif f.type is not bool and not f.metadata["choices"]:
+            kind["metavar"] = {int: "N", float: "F", str: "S"}[f.type]
+        parser.add_argument(*names, default=f.default, help=f.metadata["help"], **kind)
+    if presets:
+        parser.set_defaults(**presets[parser.parse_args(argv).preset])
+    values = vars(parser.parse_args(argv))
+    for f in fields(options):
+        least, value = f.metadata["least"], values[f.name]
+        if get_origin(f.type) and value is not f.default:
+            value = values[f.name] = tuple(chain(*value))
+        for number in value if get_origin(f.type) else [value]:
+            if least is not None and not number >= least:                       # not: nan is below everything
+                raise UserError(f"--{f.name.replace('_', '-')} {number} is too small; give {least} or more")
+    return options(**values)
+
+
+def run_script(main):
+    """Runs a script's main(); what a person can mend is one line on stderr and exit code 2, without a traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, BrokenPipeError):
+        sys.exit(130)
+
+
+def window_of(window, evict_ratio, config):
+    """(window, evict_ratio) of the flags; what they leave open (-1) is as in the run's config, without a run 0 and
+    0.25. Raises UserError if they do not fit together."""
+    window = config.get("window", 0) if window == -1 else window
+    evict_ratio = config.get("evict_ratio", 0.25) if evict_ratio == -1 else evict_ratio
+    eviction_size(window, evict_ratio)
+    return window, evict_ratio
+
+
+@dataclass
+class ModelOptions:
+    """The flags that a chat and an evaluation share."""
+    model: str = flag("", "model folder, or id on the Hugging Face hub (owner/name)")
+    evict_ratio: float = flag(-1.0, "share of the window that leaves at once, -1: as the run was trained, else 0.25")
+    seed: int = flag(0, "makes the draw repeatable", least=0)
+    dtype: str = flag("auto", "of the weights; auto: bfloat16 on a GPU, else float32", ("auto", *DTYPES))
+    device: str = flag("auto", "auto: cuda, mps or cpu", ("auto", "cuda", "mps", "cpu"))

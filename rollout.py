@@ -11,19 +11,23 @@ Left out: speculative decoding, paged caches, serving.
 
 Try it:  python rollout.py --model DIR --prompt "What is the capital of France?" --temperature 0
 """
-import argparse
 import codecs
+import hashlib
+import json
+import re
 import sys
 import time
-from dataclasses import dataclass, field, fields
+from collections import namedtuple
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from cache import SlidingCache, eviction_size
-from encoder import ThoughtEncoder
-from model import Tokenizer, Transformer, UserError, read_json, read_safetensors
+from encoder import (ModelOptions, arms, command_line, fingerprint, first_line, flag, load, resume, run_script,
+                     window_of)
+from model import UserError
 
 
 @dataclass
@@ -115,16 +119,26 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
     hidden = model.hidden(prompt_ids, cache, S)                                 # (N, P, C)
     hidden = hidden[torch.arange(len(prompts), device=device), prompt_lengths - 1][rows]  # (N, C) -> (B, C)
     cache.spread(rows)
+    megabytes = cache.megabytes
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(B, max_new_tokens, device=device)
     lengths = torch.full((B,), max_new_tokens, device=device)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
+    alive = torch.arange(B, device=device)                                      # (b,) the rows still in the batch
     for t in tqdm(range(max_new_tokens), desc=progress, disable=not progress, leave=False):
-        tokens[:, t], logps[:, t] = sample(next_logits(model, hidden, n_ids), temperature, top_k, top_p, generator)
-        ends = torch.isin(tokens[:, t], eos) & ~ended
-        lengths[ends] = t + 1
-        ended |= ends
-        done = t + 1 == max_new_tokens or bool(ended.all())
+        drawn, logp = sample(next_logits(model, hidden, n_ids), temperature, top_k, top_p, generator)
+        tokens[alive, t], logps[alive, t] = drawn, logp
+        ends = torch.isin(drawn, eos) & ~ended[alive]
+        lengths[alive] = torch.where(ends, t + 1, lengths[alive])
+        ended[alive] |= ends
+        left = B - int(ended.sum())
+        done = t + 1 == max_new_tokens or left == 0
+        if not done and 2 * left <= len(alive):                                 # finished rows leave the batch
+            on = (~ended[alive]).nonzero()[:, 0]
+            alive, drawn = alive[on], drawn[on]
+            cache.keep(on)
+            if encoder and U.shape[1] > 1:                                      # (L, b, M, R); one for all till then
+                U, S = U[:, on], S[:, on]
         evicted = not done and cache.full
         if evicted:
             leaving = cache.evict()
@@ -132,107 +146,92 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
                 U = encoder.write(U, *leaving)
                 S = encoder.read(U)
         if on_token:
-            on_token(tokens[:, t], evicted)
+            on_token(drawn, evicted)
         if done:
             break
-        hidden = model.hidden(tokens[:, t:t + 1], cache, S)[:, 0]               # (B, 1, C) -> (B, C)
+        hidden = model.hidden(drawn[:, None], cache, S)[:, 0]                   # (b, 1, C) -> (b, C)
     return Rollout(prompt_ids, prompt_lengths, rows, tokens[:, :t + 1], lengths, logps[:, :t + 1], ended, window, E,
-                   n_ids, cache.megabytes)
+                   n_ids, megabytes)
 
 
-# ------------------------------------------------------------------------------------ what the three scripts share
+# ------------------------------------------------------------------------------------ problems, put to a model
+
+Benchmark = namedtuple("Benchmark", "file hub config split problem answer k tolerance")
+BENCHMARKS = {  # file in --data-dir; id, configuration, split, fields on the Hugging Face hub; k of the paper's pass@k
+    "math500": Benchmark("math500.jsonl", "HuggingFaceH4/MATH-500", None, "test", "problem", "answer", 1, 0),
+    "olympiadbench": Benchmark("olympiadbench.jsonl", "Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train",
+                               "question", "final_answer", 1, 0),
+    "minerva": Benchmark("minerva_math.jsonl", "math-ai/minervamath", None, "test", "question", "answer", 1, 0.01),
+    "amc23": Benchmark("amc23.jsonl", "math-ai/amc23", None, "test", "question", "answer", 1, 0),
+    "aime24": Benchmark("aime24.jsonl", "HuggingFaceH4/aime_2024", None, "train", "problem", "answer", 16, 0),
+    "aime25": Benchmark("aime25.jsonl", "math-ai/aime25", None, "test", "problem", "answer", 16, 0),
+    "gsm8k": Benchmark("gsm8k_test.jsonl", "openai/gsm8k", "main", "test", "question", "answer", 1, 0)}
+MAX_ANSWER = 500  # characters; longer is no answer (the longest gold of all benchmarks has 210)
+ASK = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def flag(default, help, choices=None, least=None):
-    """A dataclass field that is a command-line flag; choices or a least value bound what it may be."""
-    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
-
-
-def command_line(options, doc, presets=None, argv=None):
-    """Fills the dataclass `options` from the command line: a flag for every field, with dashes or underscores.
-
-    presets {name: {field: default}} are picked by the field `preset`. Raises UserError for an unknown flag or value."""
-    def refuse(message):
-        raise UserError(f"{message}; --help lists every flag")
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error = refuse
-    for f in fields(options):
-        names = dict.fromkeys(["--" + f.name.replace("_", "-"), "--" + f.name])  # in order, without repeats
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"]}
-        if f.type is not bool and not f.metadata["choices"]:
-            kind["metavar"] = {int: "N", float: "F", str: "S"}[f.type]
-        parser.add_argument(*names, default=f.default, help=f.metadata["help"], **kind)
-    if presets:
-        parser.set_defaults(**presets[parser.parse_args(argv).preset])
-    values = vars(parser.parse_args(argv))
-    for f in fields(options):
-        least = f.metadata["least"]
-        if least is not None and not values[f.name] >= least:                   # not: nan is below everything
-            raise UserError(f"--{f.name.replace('_', '-')} {values[f.name]} is too small; give {least} or more")
-    return options(**values)
-
-
-def run_script(main):
-    """Runs a script's main(); what a person can mend is one line on stderr and exit code 2, without a traceback."""
+def load_problems(path):
+    """Reads a JSONL file: an object a line, with `problem`, `question` or `prompt`, and `answer` -> list of dicts with
+    "problem" and "answer" as strings. Raises UserError naming file and line for anything else."""
     try:
-        main()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (KeyboardInterrupt, BrokenPipeError):
-        sys.exit(130)
+        lines = Path(path).read_text(encoding="utf-8").split("\n")              # splitlines also cuts at U+2028
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} ({getattr(error, 'strerror', None) or 'it is not UTF-8 text'}); "
+                        "give --data FILE.jsonl, one JSON object a line") from None
+    problems = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                problems.append(as_problem(json.loads(line)))
+            except RecursionError:
+                raise UserError(f"{path}, line {number}: not JSON; one object a line is wanted") from None
+            except ValueError as error:
+                what = "not JSON; one object a line is wanted" if isinstance(error, json.JSONDecodeError) else error
+                raise UserError(f"{path}, line {number}: {what}") from None
+    if not problems:
+        raise UserError(f"{path} holds no problems; one JSON object a line is wanted")
+    return problems
 
 
-def pick_device(name):
-    """auto -> cuda, mps or cpu, the first that this machine has. Raises UserError for one that it lacks."""
-    here = [*["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available(), "cpu"]
-    if name not in ("auto", *here):
-        raise UserError(f"--device {name}: this machine has none that PyTorch can use; give --device {here[0]}")
-    return here[0] if name == "auto" else name
+def as_problem(row):
+    """A row of a data set with its "problem" and "answer" as strings; ValueError if it has none."""
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object with 'problem' and 'answer'")
+    problem = next((row[key] for key in ("problem", "question", "prompt") if row.get(key)), None)
+    answer = row.get("answer")
+    if isinstance(answer, list):                                                # OlympiadBench on the hub
+        answer = ", ".join(map(str, answer)).replace("$", "")
+    if isinstance(answer, str):
+        answer = answer.rpartition("####")[2].strip()                           # GSM8K as published ends "#### 72"
+    if not isinstance(problem, str):
+        raise ValueError("no 'problem' (or 'question' or 'prompt') that is a text")
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
+        raise ValueError("no 'answer' that is a text or a number")
+    return {**row, "problem": problem, "answer": str(answer)}
 
 
-def pick_dtype(name, device):
-    """auto -> bfloat16 on a GPU, float32 on the CPU."""
-    return DTYPES[name if name != "auto" else "bfloat16" if device == "cuda" else "float32"]
-
-
-def load(folder, run, dtype, device):
-    """A model folder, a run folder of train.py, or both -> (model, encoder or None, tokenizer, run's config or {}).
-
-    Raises UserError for folders that are missing, damaged or do not belong together."""
-    if not folder and not run:
-        raise UserError("which model? give --model DIR (a Hugging Face folder) or --run RUN (a folder train.py wrote)")
-    config = read_json(Path(run) / "config.json") if run else {}
-    if run and "model" not in config:
-        raise UserError(f"{run}/config.json is not that of a run of train.py; give the folder that train.py wrote")
-    folder = folder or (Path(run) / "base" if config["model"] == "tiny" else config["model"])
-    device = pick_device(device)
-    model = Transformer.from_folder(folder, dtype=pick_dtype(dtype, device), device=device)
-    encoder = None
-    if run:
-        encoder = attach(model, config)
-        path = Path(run) / "adapter.safetensors"
-        saved, wanted = read_safetensors(path), encoder.trainable()
-        if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in wanted.items()}:
-            raise UserError(f"{path} does not fit {folder} with {run}/config.json: other tensors or shapes; "
-                            "give the model that the run was trained on")
-        with torch.no_grad():
-            for name, parameter in wanted.items():
-                parameter.copy_(saved[name])
-    return model, encoder, Tokenizer.from_folder(folder), config
-
-
-def window_of(options, config):
-    """(window, evict_ratio) of the flags; what they leave open (-1) is as in the run's config, without a run 0 and
-    0.25. Raises UserError if they do not fit together."""
-    window = config.get("window", 0) if options.window == -1 else options.window
-    evict_ratio = config.get("evict_ratio", 0.25) if options.evict_ratio == -1 else options.evict_ratio
-    eviction_size(window, evict_ratio)
-    return window, evict_ratio
+def load_data(name, data_dir, limit):
+    """The problems of a JSONL file or a benchmark, each with its "data" and "tolerance". Raises UserError."""
+    benchmark = BENCHMARKS.get(name)
+    path = Path(data_dir, benchmark.file) if benchmark else Path(name)
+    if benchmark and not path.exists():
+        try:
+            from datasets import load_dataset
+        except ImportError:
+            raise UserError(f"--data {name}: there is no {path}; give --data-dir; or, to fetch {benchmark.hub} from "
+                            "the Hugging Face hub: pip install datasets") from None
+        try:
+            rows = [as_problem({"problem": row[benchmark.problem], "answer": row[benchmark.answer]})
+                    for row in load_dataset(benchmark.hub, benchmark.config, split=benchmark.split)]
+        except Exception as error:  # the library's errors have no common base; all of them mean that there is no data
+            raise UserError(f"--data {name}: the Hugging Face hub does not give {benchmark.hub} "
+                            f"({first_line(error)})") from None
+    elif benchmark or path.suffix or path.exists():
+        rows = load_problems(path)
+    else:
+        raise UserError(f"--data {name} is neither a file nor one of {', '.join(BENCHMARKS)}")
+    return [{**row, "data": name if benchmark else path.stem, "tolerance": benchmark.tolerance if benchmark else 0}
+            for row in rows[:limit or None]]
 
 
 def prompt_ids(tokenizer, text, raw=False):
@@ -242,30 +241,134 @@ def prompt_ids(tokenizer, text, raw=False):
     return [tokenizer.bos_id] * tokenizer.adds_bos + tokenizer.encode(text)
 
 
-def attach(model, config):
-    """A ThoughtEncoder for the model as a run's config (a dict) describes it, on the model's device."""
-    encoder = ThoughtEncoder(model, config["adapter"], config["rank"], config["global_tokens"], config["alpha"],
-                             config["memory_update"])
-    return encoder.to(model.embedding.weight.device)
+def ask(tokenizer, problem):
+    """The ids that put a problem to a model; a base model, without a chat format, reads it as it stands."""
+    return prompt_ids(tokenizer, problem + ASK if tokenizer.template else problem)
+
+
+BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+BRACE = re.compile(r"\\.|[{}]", re.S)  # a backslash takes the next character along: \{ and \} are no braces
+PHRASE = re.compile(r"\bthe (?:final |correct )?answer is:?|\banswer(?:\*\*)?:|#{4,}", re.I)
+SENTENCE_END = re.compile(r"\n|\.(?=\**(?:\s|$))")  # the point of 3.5 ends nothing
+MARKUP = re.compile(r"(?<![\w)])\*\*|\*\*(?![\w(])|\\?\$|(?<!\\)\\[()\[\]]")  # **bold**  $  \$  \( \)  \[ \]; not 2**3
+
+
+def extract_answer(text):
+    r"""The final answer that a completion states, or None. Leave the prompt out: it may hold boxes of its own.
+
+    >>> extract_answer(r"First \boxed{1}, then \boxed{\frac{1}{2}}, and cut off in \boxed{3")
+    '\\frac{1}{2}'
+    >>> extract_answer("He pays $20,000 four times. The answer is **$80,000**.")
+    '80,000'
+    """
+    after_thinking = text.rpartition("</think>")[2]                             # all of it where there is no such tag
+    text = after_thinking if after_thinking.strip() else text
+    # From the last box back. While none closes, the box before can only close ahead of them: each piece needs one look.
+    for piece in reversed(BOX.split(text)[1:]):
+        depth = 1
+        for brace in BRACE.finditer(piece[:MAX_ANSWER]) if "}" in piece else ():
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0:
+                return piece[:brace.start()].strip()
+    if "answer" in text.lower() or "####" in text:                              # much faster to see than PHRASE
+        for piece in reversed(PHRASE.split(text)[1:]):
+            sentence = SENTENCE_END.split(piece.lstrip(" *$\t\r\n")[:MAX_ANSWER], maxsplit=1)[0]
+            if answer := MARKUP.sub("", sentence).strip(" *\r").rstrip("."):
+                return answer
+    return None
+
+
+def batch_of(samples, batch):
+    """How many problems `solve` puts into a batch of `batch` rows."""
+    return max(1, batch // samples)
+
+
+def solve(model, encoder, tokenizer, problems, *, window, evict_ratio, max_new_tokens, temperature=0.0, samples=1,
+          batch=32, seed=0, skip=0, progress=""):
+    """Lets a model write solutions under a window (0: full cache); encoder None: without adapter.
+
+    A generator of (index of the problem, its solutions, MB of cache a row, MB of memory), longest problem first, so
+    that rows of like length share a batch of at most `batch` rows. The order and the draws depend on nothing but the
+    arguments: `skip` of the problems, a whole number of `batch_of(samples, batch)`, may be left out at the start. A
+    solution is {"response", "tokens", "truncated", "evictions"}. Memory is the peak of the GPU; on the CPU what
+    weights and cache take."""
+    prompts = [ask(tokenizer, p["problem"]) for p in problems]
+    check_prompts(model, prompts, max_new_tokens)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+    on_gpu, at_once = model.embedding.weight.is_cuda, batch_of(samples, batch)
+    with tqdm(total=len(order), initial=skip, desc=progress, disable=not progress, file=sys.stderr) as bar:
+        for start in range(skip, len(order), at_once):
+            chosen = order[start:start + at_once]
+            solutions, memory = [[] for _ in chosen], 0.0
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            for first in range(0, samples, batch):                              # a problem's samples may exceed a batch
+                group = min(batch, samples - first)
+                rollout = generate(model, encoder, [prompts[i] for i in chosen], group, max_new_tokens=max_new_tokens,
+                                   window=window, evict_ratio=evict_ratio, n_ids=tokenizer.n_ids,
+                                   temperature=temperature, seed=seed + start * samples + first)
+                rows = zip(rollout.completions(), rollout.evictions().tolist(), rollout.ended.tolist())
+                for row, (ids, evictions, ended) in enumerate(rows):
+                    response = tokenizer.decode([t for t in ids if t not in model.config.eos_ids])
+                    solutions[row // group].append({"response": response, "tokens": len(ids), "truncated": not ended,
+                                                    "evictions": evictions})
+                peak = torch.cuda.max_memory_allocated() / 1e6 if on_gpu else weights + rollout.cache_megabytes
+                memory = max(memory, peak)
+            cache = rollout.cache_megabytes / (len(chosen) * group)
+            for i, texts in zip(chosen, solutions):
+                yield i, texts, cache, memory
+            bar.update(len(chosen))
+
+
+def measure(o, grade):
+    """Puts all problems to every model under every window: o are the Options of evaluate.py, grade(problem, response)
+    gives a prediction and whether it is right. Returns the records, a dict for each problem, and the path of their file
+    without its ending: they go there as they come, and what is there already is not done again."""
+    problems = [problem for name in o.data for problem in load_data(name, o.data_dir, o.limit)]
+    models, unit, n = arms(o.model, o.runs), batch_of(o.samples, o.batch), len(problems)
+    settings = {k: v for k, v in asdict(o).items() if k not in ("json", "plot", "pass_at", "data_dir")} | {
+        "problems": hashlib.sha256(json.dumps(problems).encode()).hexdigest(),
+        "models": [fingerprint(run or folder) for _, folder, run in models]}
+    name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    path = Path(o.json or f"runs/eval-{name}.json").with_suffix("")
+    lines = path.with_suffix(".jsonl")
+    records = resume(lines, settings, n, unit)
+    jobs = [(*model, window) for model in models for window in o.window]
+    for job, (arm, folder, run, window) in enumerate(jobs):
+        if (done := len(records) - job * n) >= n:
+            continue
+        model, encoder, tokenizer, config = load(folder, run, o.dtype, o.device)
+        W, evict_ratio = window_of(window, o.evict_ratio, config)
+        for i, solutions, cache, memory in solve(
+                model, encoder, tokenizer, problems, window=W, evict_ratio=evict_ratio, batch=o.batch, skip=done,
+                max_new_tokens=o.max_new_tokens, temperature=o.temperature, samples=o.samples, seed=o.seed,
+                progress=f"{arm}, window {W or 'full'}"):
+            for solution in solutions:
+                solution["prediction"], solution["correct"] = grade(problems[i], solution["response"])
+            records.append({"arm": arm, "model": run or folder, "window": W, "cache_mb": cache, "memory_mb": memory,
+                            "data": problems[i]["data"], "number": i, "answer": problems[i]["answer"],
+                            "samples": solutions})
+            if not lines.exists():
+                lines.parent.mkdir(exist_ok=True)                               # runs/
+                lines.write_text(json.dumps(settings) + "\n")
+            with open(lines, "a") as file:
+                print(json.dumps(records[-1]), file=file)
+    return [r for job in range(len(jobs)) for r in sorted(records[job * n:][:n], key=lambda r: r["number"])], path
 
 
 @dataclass
-class Options:
+class Options(ModelOptions):
     """The flags of `python rollout.py`."""
-    model: str = flag("", "model folder, as downloaded from Hugging Face")
     run: str = flag("", "run folder of train.py: its adapter, its model, its window")
     prompt: str = flag("", "what to say to the model")
     raw: bool = flag(False, "take the prompt as it is, without the chat format")
     window: int = flag(-1, "thought tokens kept, 0 keeps all, -1: as the run was trained, else 0", least=-1)
-    evict_ratio: float = flag(-1.0, "share of the window that leaves at once, -1: as the run was trained, else 0.25")
     max_new_tokens: int = flag(256, "longest completion, in tokens", least=1)
     temperature: float = flag(0.7, "of sampling; 0 takes the likeliest token", least=0)
     top_k: int = flag(0, "sample among the k likeliest tokens, 0 for all", least=0)
     top_p: float = flag(1.0, "sample among the likeliest tokens that make up this mass", least=0)
-    seed: int = flag(0, "makes the draw repeatable", least=0)
     show_evictions: bool = flag(False, "mark on stderr where thoughts left the window")
-    dtype: str = flag("auto", "of the weights; auto: bfloat16 on a GPU, else float32", ("auto", *DTYPES))
-    device: str = flag("auto", "auto: cuda, mps or cpu", ("auto", "cuda", "mps", "cpu"))
 
 
 def main():
@@ -273,7 +376,7 @@ def main():
     if not o.prompt:
         raise UserError('nothing to say: give --prompt "..."')
     model, encoder, tokenizer, config = load(o.model, o.run, o.dtype, o.device)
-    window, evict_ratio = window_of(o, config)
+    window, evict_ratio = window_of(o.window, o.evict_ratio, config)
     ids = prompt_ids(tokenizer, o.prompt, raw=o.raw)
     decoder, count, start = codecs.getincrementaldecoder("utf-8")("replace"), 0, time.time()
 

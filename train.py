@@ -30,11 +30,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cache import eviction_size
-from encoder import KINDS, UPDATES
-from evaluate import ask, extract_answer, load_problems, same_answer, solve
+from encoder import (DTYPES, KINDS, UPDATES, attach, command_line, fingerprint, flag, model_folder, pick_device,
+                     pick_dtype, run_script)
+from evaluate import Options, compare, grade
 from grpo import backward, group_advantages, micro_batches, overlong_penalty
 from model import ModelConfig, Tokenizer, Transformer, UserError, hugging_face_name, write_safetensors
-from rollout import DTYPES, attach, check_prompts, command_line, flag, generate, pick_device, pick_dtype, run_script
+from rollout import ask, check_prompts, generate, load_problems
 
 PRESETS = {  # what differs from the defaults of Config
     "tiny": {},
@@ -49,7 +50,7 @@ PRESETS = {  # what differs from the defaults of Config
 class Config:
     """Every setting, with its unit and default; the command line is made from these fields."""
     preset: str = flag("tiny", "defaults for: a CPU, a GPU of 24 GB, a GPU of 80 GB", tuple(PRESETS))
-    model: str = flag("tiny", "'tiny' builds one; else a Hugging Face model folder")
+    model: str = flag("tiny", "'tiny' builds one; else a model folder, or id on the Hugging Face hub (owner/name)")
     data: str = flag("tally", "'tally', or a JSONL file of problem/question/prompt and answer")
     out: str = flag("", "run folder to write; default runs/MODEL-ADAPTER-SEED")
     adapter: str = flag("pte", "thought encoding, plain LoRA, or the paper's two ablations", KINDS)
@@ -94,12 +95,12 @@ COUNTS = (1, 2, 3)  # K, lists in a problem: the base learns all, GRPO trains on
 
 
 def tally(K, rng, n=6):
-    """One problem of K lists of n digits -> {"problem", "thought", "answer", "K"}."""
+    """One problem of K lists of n digits -> {"problem", "thought", "answer", "exact", "K"}."""
     lists = rng.integers(0, 10, (K, n))
     sums = lists.cumsum(axis=1) % 10
     walk = "".join("".join(f"{d}{s}" for d, s in zip(*pair)) + ";" for pair in zip(lists, sums))
     return {"problem": ",".join("".join(map(str, digits)) for digits in lists) + "=", "thought": walk,
-            "answer": "".join(str(s[-1]) for s in sums), "K": K}
+            "answer": "".join(str(s[-1]) for s in sums), "exact": True, "K": K}
 
 
 class LostLists:
@@ -205,9 +206,8 @@ def train_step(c, step, model, encoder, tokenizer, optimizer, problems):
                        evict_ratio=c.evict_ratio, n_ids=tokenizer.n_ids, seed=c.seed * 1_000_003 + step,
                        progress="" if c.model == "tiny" else f"step {step + 1}: rollout")
     texts = [tokenizer.decode([i for i in ids if i not in model.config.eos_ids]) for ids in rollout.completions()]
-    same = str.__eq__ if c.data == "tally" else same_answer                     # exact match, nothing else
-    correct = torch.tensor([float(same(problems[b // c.group_size]["answer"], extract_answer(text) or ""))
-                            for b, text in enumerate(texts)], device=device)
+    correct = torch.tensor([float(grade(problems[b // c.group_size], text)[1]) for b, text in enumerate(texts)],
+                           device=device)
     rewards = correct * rollout.ended if c.data == "tally" else correct
     if c.loss == "dapo":
         rewards = rewards + overlong_penalty(rollout.lengths, c.max_new_tokens, c.overlong_buffer)
@@ -275,7 +275,7 @@ def main():
     if c.model == "tiny":
         make_folder(out)
         build_base(out / "base", c.base_steps, c.seed, device)
-    folder = out / "base" if c.model == "tiny" else c.model
+    folder = out / "base" if c.model == "tiny" else model_folder(c.model)
     tokenizer = Tokenizer.from_folder(folder)
     model = Transformer.from_folder(folder, dtype=pick_dtype(c.dtype, device), device=device)
     if problems:
@@ -285,7 +285,8 @@ def main():
     encoder = attach(model, asdict(c))
     trainable = encoder.trainable()
     optimizer = torch.optim.AdamW(trainable.values(), lr=c.lr, betas=(0.8, 0.99), weight_decay=0.0)
-    (out / "config.json").write_text(json.dumps(asdict(c), indent=2) + "\n")
+    settings = asdict(c) | {"fingerprint": fingerprint(folder)}                 # of the model that the adapter belongs to
+    (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     print(f"{c.adapter} on {folder}: {sum(p.numel() for p in trainable.values()):,} trained numbers, window "
           f"{c.window}, {c.prompts} x {c.group_size} rollouts a step, {device}; all goes to {out}", file=sys.stderr)
 
@@ -301,27 +302,19 @@ def main():
                                 f"logp_gap {metrics['logp_gap']:.0e}, {metrics['tokens_per_second']:.0f} tokens/s")
     write_safetensors(out / "adapter.safetensors", {name: p.detach() for name, p in trainable.items()})
     if c.model == "tiny" and c.test_problems:
-        table_of_arms(c, model, encoder, tokenizer, out / "table.json")
+        table_of_arms(c, out)
     print(f"done in {(time.time() - started) / 60:.1f} minutes; look into {out}", file=sys.stderr)
 
 
-def table_of_arms(c, model, encoder, tokenizer, path):
-    """Base with the full cache, base under the window, adapter under the window: accuracy for each K, greedy."""
-    rng = np.random.default_rng(1_000_000 + c.seed)                             # not the problems trained on
-    tests = {K: [tally(K, rng) for _ in range(c.test_problems)] for K in COUNTS}
-    rows = []
-    for arm, adapter, window in (("base, full cache", None, 0), ("base, window", None, c.window),
-                                 (f"{c.adapter}, window", encoder, c.window)):
-        for K, problems in tests.items():
-            records = solve(model, adapter, tokenizer, problems, window=window, evict_ratio=c.evict_ratio,
-                            max_new_tokens=64, batch=c.test_problems, same=str.__eq__)
-            rows.append({"arm": arm, "window": window, "K": K, "n": len(records),
-                         "accuracy": sum(r["correct"] for r in records) / len(records)})
-    path.write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"\n| accuracy, n = {c.test_problems} each | " + " | ".join(f"K = {K}" for K in COUNTS) + " |")
-    print("|---|" + "---|" * len(COUNTS))
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        print(f"| {arm} | " + " | ".join(f"{row['accuracy']:.1%}" for row in rows if row["arm"] == arm) + " |")
+def table_of_arms(c, out):
+    """Writes fresh problems of each K as files, and measures base and adapter on them, as `python evaluate.py` does."""
+    rng, files = np.random.default_rng(1_000_000 + c.seed), []                  # not the problems trained on
+    for K in COUNTS:
+        files.append(str(out / f"tally-{K}.jsonl"))
+        Path(files[-1]).write_text("".join(json.dumps(tally(K, rng)) + "\n" for _ in range(c.test_problems)))
+    windows = (0, c.window) if c.window else (0,)
+    print(compare(Options(runs=(str(out),), data=tuple(files), window=windows, max_new_tokens=64, batch=c.test_problems,
+                          device=c.device, dtype=c.dtype, json=str(out / "table.json")))[0])
 
 
 if __name__ == "__main__":

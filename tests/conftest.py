@@ -131,7 +131,10 @@ def ends_at(monkeypatch):
         lengths, steps = torch.tensor(lengths), iter(range(NEVER))
 
         def sample(logits, *settings):
+            nonlocal lengths
             t = next(steps)
+            if len(logits) < len(lengths):                                      # finished rows have left the batch
+                lengths = lengths[lengths > t]
             ids, _ = real(logits, *settings)
             ids[(ids >= EOS[0]) & (t + 1 < lengths)] -= 20                      # an end too soon becomes another token
             ids[lengths == t + 1] = EOS[t % 2]

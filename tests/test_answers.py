@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from evaluate import MAX_CHARS, extract_answer, same_answer
+from evaluate import same_answer
+from rollout import MAX_ANSWER, extract_answer
 
 EXTRACTED = [  # (completion, answer)
     (r"so \boxed{42}.", "42"),
@@ -59,72 +60,144 @@ EXTRACTED = [  # (completion, answer)
 ]
 
 SAME = [  # (gold, prediction): equal, in both directions
-    *[("1/2", half) for half in ("0.5", ".5", "0.50", "5e-1", "2/4", r"\frac12", r"\dfrac{1}{2}", "1 / 2")],
-    *[("18", text) for text in ("18.0", "018", "+18", r"\$18", "$18$", "18.", " 18\n", r"\text{18}", r"\(18\)")],
-    *[("18", unit) for unit in ("18 dollars", r"18\text{ eggs}", r"18 \mathrm{m}", "18 feet per day", "18cm^2", "£18")],
-    *[("50", percent) for percent in ("50%", r"50\%", r"50 \%", "50 percent", "50°", r"50^\circ", r"50^{\circ}")],
-    *[("1000", sep) for sep in ("1,000", "1,000.00", r"1,\!000", "1{,}000", r"1\,000", "10^3", "10^{3}", "1e3")],
-    *[("3/2", mixed) for mixed in ("1 1/2", r"1\frac{1}{2}", r"1 \frac12", "1.5", r"\frac{3}{2}")],
-    *[("-3/2", mixed) for mixed in (r"-1\frac{1}{2}", "-1.5", "−1.5", r"\frac{-3}{2}", r"\frac{3}{-2}")],
-    *[("320000", power) for power in (r"3.2\times10^{5}", r"3.2 \times 10^5", r"3.2\cdot10^{5}", "3.2*10^5", "3.2E5")],
-    ("0.00032", r"3.2 \times 10^{-4}"),
-    *[("5", named) for named in ("x=5", "x = 5", "x_1=5", r"\theta = 5.0", "f(x)=5", "x = 5 cm")],
+    # numbers, however they are written
+    *[("1/2", half) for half in ("0.5", ".5", "5e-1", "2/4", r"\frac12", r"\tfrac{1}{2}", r"\dfrac 1 2", "2^{-1}")],
+    *[(r"137 \frac{1}{2}", mixed) for mixed in ("137.5", "137 1/2", r"137\frac12", r"\frac{275}{2}")],
+    *[("-3/2", mixed) for mixed in (r"-1\frac{1}{2}", "−1.5", r"\frac{3}{-2}")],
+    *[("1000", sep) for sep in ("1,000", "1,000.00", r"1,\!000", "1{,}000", r"1\,000", "10^3", "1e3")],
+    *[("320000", power) for power in (r"3.2\times10^{5}", r"3.2 \cdot 10^5", "3.2*10^5", "3.2×10^5")],
+    (".0000672", r"6.72 \times 10^{-5}"),
+    # dressing
+    *[("18", text) for text in ("18.0", "018", "+18", "18.", " 18\n", r"\text{18}", r"\(18\)", "(18)", "£18")],
+    *[(r"\$32,\!348", money) for money in (r"\$32,348.00", "$32,348", "32,348 dollars")],
+    (r"\frac{270}7\text{ degrees}", r"\frac{270}{7}^\circ"),
+    # units: none against some, or the same one spelled out
+    *[("72", unit) for unit in ("72 clips", r"72 \text{ m/s}^2", "72cm^2", "72 feet per day", "n = 72 cm")],
+    (r"5\text{ hr}", "5 hours"),
+    (r"864 \mbox{ inches}^2", r"864 \text{ in}^2"),
+    # percent: the number of percent or the value
+    *[("62.5%", part) for part in (r"62.5\%", "62.5", "62.5 percent", "5/8", ".625")],
+    # names, equations, inequalities
+    *[("5", named) for named in ("x=5", "x_1 = 5", r"\theta = 5.0", "f(x)=5", "x = 5 cm")],
     (r"x \in [-2,7]", "[-2, 7]"),
-    (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\dfrac{\pi}{2})"),
-    ("(0.5, 1)", r"(\frac12, 1)"),
-    ("[0,1)", r"\left[0,\, 1\right)"),
-    ("1,-2", "-2, 1"),
-    (r"\{1,2\}", r"\left\{2, 1\right\}"),
-    ("(1,2), (3,4)", "(3,4), (1,2)"),
+    ("f(x)=x^2", "x²"),
+    *[("y = 2x + 3", line) for line in ("y=3+2x", "2x+3")],
+    *[(r"k \geqslant 2", least) for least in (r"k \ge 2", "k≥2")],
+    # roots, pi, logarithms, trigonometry
+    *[(r"\frac{\sqrt{3}}{3}", root) for root in (r"\frac{1}{\sqrt 3}", r"\sqrt{\frac13}", "sqrt(3)/3", "3^{-1/2}")],
+    *[(r"2\sqrt{3}", root) for root in (r"\sqrt{12}", "2√3", "√12", "2*sqrt(3)", r"\frac{6}{\sqrt3}")],
+    *[(r"18+2\pi", area) for area in ("18+2π", "2(9+pi)", r"\pi\cdot 2+18", r"2\left(\pi+9\right)")],
+    (r"2\ln 2", r"\ln 4"),
+    (r"-\log _{10} 250", r"\log_{10}\left(\frac{1}{250}\right)"),
+    *[("np.arcsin(10/13)", arc) for arc in (r"\arcsin(10/13)", r"\sin^{-1}\left(\frac{10}{13}\right)")],
+    (r"\frac{\cos (2 t)+\sin (2 t)}{4}", r"\frac{\sqrt{2}}{4} \cos\left(2t - \frac{\pi}{4}\right)"),
+    # powers, factorials, complex numbers, free letters
+    *[("1024", power) for power in ("2^10", "2^{10}", "4^5")],
+    *[("120", product) for product in ("5!", r"\binom{5}{2} \cdot 12", "2·60", r"\frac{6!}{3!}")],
+    (r"-8-8 \sqrt{3} i", r"-8(1+i\sqrt{3})"),
+    *[(r"\frac{n(n+1)}{2}", half) for half in (r"\frac{1}{2} n(n+1)", "(n^2+n)/2", r"\frac12n^2+\frac n2")],
+    ("(n-2) 2^{n}+1", r"n \cdot 2^n - 2^{n+1} + 1"),
+    (r"c x^{-2}-\frac{\cos (2 x)}{2 x^{2}}", r"\frac{2c-\cos(2x)}{2x^2}"),
+    (r"\frac{1}{3} E_{1}+\frac{2}{3} E_{2}", r"\frac{E_1+2E_2}{3}"),
+    ("|x|", r"\left|-x\right|"),
+    # tuples, intervals, unions, matrices
+    *[(r"\left( 3, \frac{\pi}{2} \right)", polar) for polar in (r"(3,\dfrac{\pi}{2})", r"(\sqrt{9},0.5\pi)")],
+    *[(r"(-\infty, 2) \cup (3, \infty)", union) for union in (r"(3,\infty)\cup(-\infty,2)", "(−∞,2)∪(3,∞)")],
+    (r"\begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix}", r"\begin{bmatrix} 0.2 \\ -\frac{18}{5} \end{bmatrix}"),
+    # lists and sets in any order, plus or minus
+    *[("1, -2", pair) for pair in ("-2,1", "1 and -2", "-2 or 1", "x=1 or x=-2", r"\{1,-2\}")],
+    *[("100,200", either) for either in ("100, 200", "100200")],
     ("x=1, y=2", "y = 2, x = 1"),
-    (r"\text{Evelyn}", "Evelyn."),
-    (r"\text{(C)}", "(C)"),
-    ("70 \\sqrt{2}", "70\\sqrt2"),
-    ("x^{2} + 1", "x^2+1"),
+    *[(r"3 \pm 2 \sqrt{2}", both) for both in (r"3-2\sqrt2,\, 3+2\sqrt2", "3 ± √8")],
+    (r"\{1\pm\sqrt{5},-2\}", r"\{-2, 1-\sqrt{5}, 1+\sqrt{5}\}"),
+    # choices, words, and what compares as text
+    *[(r"\text{(C)}", choice) for choice in ("C", "(C)", r"\textbf{(C)}", "C.")],
+    ("A, C", "C, A"),
+    *[(r"\text{even}", word) for word in ("Even.", r"\textbf{Even}", r"\mathrm{even}")],
+    (r"\text{June 20}", "june 20"),
     ("4210_{5}", "4210_5"),
-    ("9^{9^{9^9}}", "9^{9^{9^9}}"),
+    ("3:5", "3 : 5"),
+    *[(huge, huge) for huge in ("9^{9^{9^9}}", "10^{10^{10}}", "2009!", "1e999999999")],
 ]
 
 DIFFERENT = [  # (gold, prediction): near misses, in both directions
-    *[("12", near) for near in ("112", "2", "1", "-12", "12.001", "1.2", "12/5", "1 2", "1,2", "(12)x", "12x", "12!")],
-    ("-3", "3"),
-    *[("1/2", near) for near in ("2", "1", "-1/2", "1/20", r"\frac{2}{1}", r"\frac{1}{2}3", "50%", "0.4999999999")],
-    *[("1/3", near) for near in ("0.333", "0.3333333333333333", "1/30", "3")],
-    *[("11/2", near) for near in ("1 1/2", r"1\frac{1}{2}", "1 + 1/2")],
-    ("1/23", r"\frac{1}{2}3"),
-    ("1", "1,000"),
-    ("1", "1 000"),
-    *[("1000", near) for near in ("1,00", "1, 000", "(1,000)", "10,00", "10^4", "10^{-3}")],
-    *[(near, "1/0") for near in ("0", "1", "10")],
-    *[("3", near) for near in ("3,4", "3, 3", "(3,)", "0,3", "33")],
-    ("34", "3,4"),
-    *[("5", word) for word in ("5 million", r"5 \text{ thousand}", "5 and a half", "5 pi", r"5\pi", r"5\mathrm{i}")],
-    *[("5", more) for more in ("5 n", "5 or 6", "5 base six", r"5\sqrt{2}", "5^2", "5_8", "-x=5", "x>5", "x=y=5")],
+    # digits
+    *[("12", near) for near in ("112", "2", "-12", "12.001", "1.2", "12/5", "1 2", "1,2", "(12)x", "12!", "12e")],
+    *[("1/2", near) for near in ("2", "-1/2", "1/20", r"\frac{1}{2}3", "0.4999999999", "50")],
+    *[("1/3", near) for near in ("0.333", "0.3333333333333333", "33%")],
+    *[(r"137 \frac{1}{2}", near) for near in ("137/2", "1371/2", r"137 \cdot \frac{1}{2}")],
+    *[("1000", near) for near in ("1,00", "1, 000", "(1,000)", "10,00", "1", "10^{-3}")],
+    *[(r"3.2\times10^{5}", near) for near in ("3.2", r"3.2\times10^{4}", r"3.2\times10^{-5}", "3.2 + 10^5")],
+    *[("5", near) for near in ("5^2", "(5,)", "5, 5", "-x=5", "x>5", r"x \neq 5", r"5\sqrt{2}", r"5\mathrm{i}")],
+    ("10^{20}", "10^{20}+1"),
+    # words that are no units, and other units
+    *[("5", "5 " + word) for word in (
+        "million", r"\text{ thousand}", "dozen", "and a half", "pi", "squared", "factorial", "base six", "or 6",
+        "less than", "log", "n", "feet six inches", "times seven")],
+    *[("5 m", unit) for unit in ("5 km", "6 m", r"5\text{ m}^2")],
+    ("5 minutes", "5 hours"),
+    # percent
+    *[("50%", near) for near in ("5", "0.05", "0.5%", "500")],
+    ("0.5%", "50"),
+    # rounded
+    *[(r"\sqrt{2}", near) for near in ("1.414", "1.41421356", "1.4142135623730951", r"\sqrt{2.0001}")],
+    *[(r"\pi", near) for near in ("3.14159", "3.141592653589793", r"\frac{355}{113}", "180", "p")],
+    ("0.49", "0.4925"),
+    # names, equations, inequalities
     ("x=5", "y=5"),
+    ("f(x)=x^2", "g(x)=x^2"),
+    *[("y = 2x + 3", near) for near in ("y=2x-3", "x=2y+3", "y=3x+2", "2x+y+3=0", "z=2x+3", "2x+3=0")],
+    *[("5x - 7y + 11z + 4 = 0", near) for near in ("5x-7y+11z-4=0", "5x-7y+11z=4")],
+    ("x=2", "x^2=4"),
+    ("f(x)=x, f(x)=2-x", "f(x)=x"),
     ("x=1, y=2", "x=2, y=1"),
-    ("3.2", r"3.2\times10^{5}"),
-    (r"3.2\times10^{4}", r"3.2\times10^{5}"),
-    ("1e999", "1e999999999"),
-    ("(1,2)", "(2,1)"),
-    ("(1,2)", "1,2"),
-    ("(1,2)", "(1,2,2)"),
-    ("(1,2)", "(12)"),
-    ("(1,234)", "1234"),
-    ("(2,251,252)", "(2251,252)"),
-    ("[0,1)", "(0,1)"),
-    ("[0,1)", "[0,1]"),
-    ("(0,1)", r"\{0,1\}"),
+    *[("x>5", near) for near in (r"x \ge 5", "x<5", "5>x", "y>5", "x=5")],
+    ("1<x<2", r"1 \le x < 2"),
+    # expressions
+    *[(r"2\sqrt{3}", near) for near in (r"\sqrt{6}", r"3\sqrt{2}", r"2+\sqrt{3}", r"\sqrt[2]{3}")],
+    *[("np.arcsin(10/13)", near) for near in (r"\arccos(10/13)", r"\sin(10/13)", "10/13", "0.8776")],
+    *[("1+2i", near) for near in ("1-2i", "2+i", "3i")],
+    *[("x^2-1", near) for near in ("(x-1)^2", "1-x^2", "X^2-1", "y^2-1")],
+    *[(r"\frac{1}{2 n+2}", near) for near in ("1/2n+2", "1/(2n)+2")],
+    ("2^{n+1}", "2^n+1"),
+    (r"\frac{1}{3} E_{1}+\frac{2}{3} E_{2}", r"\frac{2}{3} E_{1}+\frac{1}{3} E_{2}"),
+    (r"I(0) e^{-\frac{t}{R C}}", r"I(0) e^{\frac{t}{R C}}"),  # I(0) is not 0
+    *[(r"\lfloor\sqrt{n-1}\rfloor", near) for near in (r"\lceil\sqrt{n-1}\rceil", r"\sqrt{n-1}")],
+    ("|x|", "x"),
+    # tuples, intervals, unions, matrices
+    *[("(1,2)", near) for near in ("(2,1)", "1,2", "(1,2,2)", "(12)", "[1,2]", r"\{1,2\}")],
+    *[("[0,1)", near) for near in ("(0,1)", "[0,1]", "(0,1]", "[1,0)")],
+    *[(r"(0,9) \cup (9,36)", near) for near in ("(0,36)", r"(0,9] \cup (9,36)", r"(0,9) \cap (9,36)", "(0,9)")],
+    *[(r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", near) for near in (
+        r"\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}", r"\begin{pmatrix} 1 & 2 & 3 & 4 \end{pmatrix}", "-2")],
+    # lists and sets, plus or minus
+    *[("1, -2", near) for near in ("1", "1, 2", "-1, 2", "1, -2, 3", "1-2", "1, -2, -2")],
+    ("100, 200", "100200"),
     ("1, 1, 2", "1, 2, 2"),
-    ("(1,2), (3,4)", "(1,2), (4,3)"),
-    (r"(0,1) \cup (2,3)", "(0,3)"),
-    (r"\{1\} \times \{2,3\}", r"\{3,1\} \times \{2\}"),
-    ("2^{10}", "2^1 0"),
-    (r"\sqrt{12}", r"\sqrt12"),
-    ("x^2", "x^3"),
-    ("east", "west"),
-    ("9^{9^{9^9}}", "9"),
-    *[("5", nothing) for nothing in ("", " ", "$", ".")],
-    ("$", "%"),
+    *[("(1,2), (3,4)", near) for near in ("(1,2), (4,3)", "(1,2,3,4)", "(1,2)", "(1,3), (2,4)")],
+    *[(r"3 \pm \sqrt{2}", near) for near in (r"3+\sqrt2", r"3 \pm \sqrt{3}", r"\pm 3 + \sqrt{2}")],
+    # choices, words (whose letters are no factors: Evenly is no Evelyn), bases, ratios
+    *[(r"\text{(C)}", near) for near in ("(D)", "c", "C, D")],
+    *[(r"\text{Evelyn}", near) for near in ("Evelyne", "Evenly", "Eve")],
+    *[(r"\text{east}", near) for near in ("west", "seat", "northeast")],
+    *[("4210_5", near) for near in ("4210", "4210_6", "42105")],
+    # too big to work out, no number, nothing at all
+    *[("9^{9^{9^9}}", near) for near in ("9", "9^{9^9}")],
+    *[("0", near) for near in ("1/0", "0^{-1}")],
+    *[("5", nothing) for nothing in ("", " ", "$", ".", r"\text{}")],
+]
+
+TOLERANT = [  # (gold, prediction, right within a relative error of 0.01?), in both directions
+    ("4.5e33", r"4.51\times 10^{33}", True),
+    ("0.49", "0.4925", True),
+    (r"\frac{\pi}{2}", "1.5708", True),
+    (r"1+\sqrt{3} i", "1 + 1.732i", True),
+    ("1.6", "1.7", False),
+    ("-5", "5", False),
+    ("2.26e-10", "0", False),
+    ("(1.5, 20)", "(20, 1.5)", False),
+    ("1.5, 20", "1.5, 20.5", False),
+    ("1+2i", "1-2i", False),
 ]
 
 
@@ -143,18 +216,25 @@ def test_near_misses(gold, prediction):
     assert not same_answer(gold, prediction) and not same_answer(prediction, gold)
 
 
+@pytest.mark.parametrize("gold, prediction, right", TOLERANT)
+def test_tolerance(gold, prediction, right):
+    assert same_answer(gold, prediction, 0.01) == same_answer(prediction, gold, 0.01) == right
+
+
 def test_no_answer_is_wrong():
-    assert not same_answer("5", None)
+    assert not same_answer("5", None) and not same_answer("9" * (MAX_ANSWER + 1), "9" * (MAX_ANSWER + 1))
 
 
 def milliseconds(function, *arguments) -> float:
-    """The better of two runs, so that a busy machine is not taken for slow code."""
-    times = []
-    for _ in range(2):
+    """The best of three runs, or the first that is fast, so that a busy machine is not taken for slow code."""
+    best = float("inf")
+    for _ in range(3):
         start = time.perf_counter()
         function(*arguments)
-        times.append(1000 * (time.perf_counter() - start))
-    return min(times)
+        best = min(best, 1000 * (time.perf_counter() - start))
+        if best < 50:
+            break
+    return best
 
 
 HUGE = [r"\boxed{", "{", "}", "{}", "\\", r"\{", "1", "(", "(1,", "1,", "$", " ", "\n", "9^{", "#", "a", "1 ", r"\frac"]
@@ -162,18 +242,54 @@ HUGE = [r"\boxed{", "{", "}", "{}", "\\", r"\{", "1", "(", "(1,", "1,", "$", " "
 
 @pytest.mark.parametrize("piece", HUGE)
 def test_a_megabyte_is_read_in_milliseconds(piece):
-    for length in (10**6, MAX_CHARS):  # huge, and the longest that is parsed at all
+    for length in (10**6, MAX_ANSWER):  # huge, and the longest that is parsed at all
         text = piece * (length // len(piece))
         assert milliseconds(extract_answer, text) < 100 and milliseconds(extract_answer, r"\boxed{" + text) < 100
         assert milliseconds(same_answer, "5", text) < 100 and milliseconds(same_answer, text, text) < 100
     assert extract_answer(r"\boxed{7} \boxed{" + "{" * 10**6) == "7"
 
 
+HARD = [
+    "9^{9^{9^9}}", "10^{10^{10}}", "10^{-10^{10}}", "2^" * 300 + "2", "2009!", "((9!)!)!", "99999!", "1e999999999",
+    r"\sqrt[1000000]{2}", r"\sqrt[0]{2}", "0^{-1}", "0^0", "1/0", r"\ln 0", r"\tan\frac{\pi}{2}", r"\binom{10^9}{5^9}",
+    "9" * 999, "0." + "0" * 900 + "1", "," * 500, "1," * 499 + "1", "(" * 1000, "(" * 499 + "1" + ")" * 499, "x" * 1000,
+    r"\frac{" * 166, r"\frac{1}{" * 99 + "2" + "}" * 99, r"\sqrt{" * 140 + "2" + "}" * 140, r"\sin " * 190 + "x",
+    "(" * 200 + "x+1" + ")^9" * 200, "(a+b+c+d+f+g)^{999}", "+".join(f"x_{{{i}}}" for i in range(120)), "|" * 500,
+    r"\pm 1" * 190, r"\pm 1," * 140 + "0", ",".join(rf"\sqrt{{{i}}}" for i in range(80)), r"(1,2) \cup" * 90 + "(3,4)",
+    "-" * 999 + "1", "1=" * 499 + "1", "x<" * 499 + "1", "1 " * 500, "1/" * 499 + "1",
+]
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_hard_answers_are_graded_in_milliseconds(text):
+    assert not same_answer(text, "9") and not same_answer("9", text)
+    for other in (text, "9", "x+1", text[::-1], text + "+1"):
+        assert milliseconds(same_answer, text, other) < 50 and milliseconds(same_answer, other, text) < 50
+        assert milliseconds(same_answer, text, other, 0.01) < 50
+
+
+PIECES = r"""\boxed{ \frac \frac{1}{2} \text{ \left \right \times \cdot \sqrt[ \sqrt{ \sin \ln \log_ \pm \cup \infty \pi
+    \le \binom \begin{pmatrix} \end{pmatrix} \\ & 10^ ^{ ^ _ { } \{ \} ( ) [ ] , . ; : 0 1 23 999 / - + * ! = < > | x y
+    n e i \, $ % ** Answer: </think> and or cm feet million pi sqrt( π √ ± ∪ ∞ − × ² ≤ ° é""".split() + [*" \n\0٣"]
+SHAPES = r"""\frac{?}{?} (?)^{?} ?^? ?+? ?-? ?\cdot? ?/? (?)! \sqrt{?} \sqrt[?]{?} \ln(?) (?,?) ?,? \{?,?\} [?,?) ?\cup?
+    ?\pm? |?| \binom{?}{?} ?=? ?<? -? \sin(?)""".split()
+
+
+def expression(rng, depth) -> str:
+    """A well-formed answer, as deep as that."""
+    if depth == 0:
+        return rng.choice(["0", "1", "2", "99", "0.5", "10^9", "x", "y", "e", "i", r"\pi", r"\infty", "5 cm", "50%"])
+    first, *rest = rng.choice(SHAPES).split("?")
+    return first + "".join(expression(rng, rng.randrange(depth // 2, depth)) + part for part in rest)
+
+
 def test_random_strings_never_raise_nor_hang():
     rng = random.Random(0)
-    pieces = r"\boxed{ \frac \text{ \left \times 10^ { } \{ \} ( ) [ ] , . 1 23 / - = x e5 \, $ % ** Answer: </think>"
-    alphabet = [*pieces.split(), " ", "\n", "é", "²", "٣", "\0"]
-    for _ in range(3000):
-        first, second = ("".join(rng.choices(alphabet, k=rng.randint(0, 100))) for _ in range(2))
-        assert milliseconds(extract_answer, first) < 50 and milliseconds(same_answer, first, second) < 50
-        assert same_answer(first, second) == same_answer(second, first)
+    for _ in range(400):
+        soup = "".join(rng.choices(PIECES, k=rng.randint(0, 300)))
+        for text in (soup[: rng.randint(0, 1000)], expression(rng, rng.randint(1, 12))[:1000]):
+            cut = rng.randrange(len(text) + 1)
+            other = text[:cut] + rng.choice(PIECES) + text[cut + 1 :]  # so much alike that all of it is looked at
+            assert milliseconds(extract_answer, text) < 50 and milliseconds(same_answer, text, text) < 50, text
+            assert milliseconds(same_answer, text, other) < 50, (text, other)
+            assert same_answer(text, other) == same_answer(other, text), (text, other)

@@ -45,7 +45,7 @@ def place(tmp_path_factory):
 
 TRAIN = "--base-steps 1 --steps 1 --prompts 1 --test-problems 0 --out new "
 FILE = TRAIN + "--model run/base --data "
-ASK, SCORE = "--raw --prompt 12= --max-new-tokens 9 ", "--max-new-tokens 9 --run run --data "
+ASK, SCORE = "--raw --prompt 12= --max-new-tokens 9 ", "--max-new-tokens 9 --runs run --data "
 MISTAKES = {  # script: [(command line, words of the one line that it says)]
     train: [
         ("--bogus 1", "--bogus"), ("stray", "stray"), ("--steps two", "--steps 'two'"), ("--loss", "--loss"),
@@ -81,7 +81,7 @@ MISTAKES = {  # script: [(command line, words of the one line that it says)]
         ("--run run --raw --max-new-tokens 9 --prompt abc", "prompt token"),
         (ASK + "--run run --temperature -1", "--temperature -1"), (ASK + "--run run --top-k -1", "--top-k -1")],
     evaluate: [
-        ("--run run", "--data"), ("--data good.jsonl", "--model --run"), (SCORE + "nowhere.jsonl", "nowhere.jsonl"),
+        ("--runs run", "--data"), ("--data good.jsonl", "--model --runs"), (SCORE + "nowhere.jsonl", "nowhere.jsonl"),
         (SCORE + "empty.jsonl", "empty.jsonl"), (SCORE + "cut.jsonl", "cut.jsonl, line 2:"),
         (SCORE + "good.jsonl --json list.jsonl", "list.jsonl exists"), (SCORE + "good.jsonl --window 3", "--window 3"),
         (SCORE + "good.jsonl --json nowhere/out.json", "nowhere"), (SCORE + "good.jsonl --batch 0", "--batch 0"),
@@ -111,4 +111,4 @@ def test_only_newlines_end_a_line_of_data(tmp_path):
     """JSON may hold line separators of Unicode as they are; str.splitlines would cut there."""
     path, text = tmp_path / "x.jsonl", "a\u2028b\x85c"
     path.write_bytes((json.dumps({"problem": text, "answer": "1"}, ensure_ascii=False) + "\r\n").encode())
-    assert evaluate.load_problems(path) == [{"problem": text, "answer": "1"}]
+    assert rollout.load_problems(path) == [{"problem": text, "answer": "1"}]

@@ -60,7 +60,8 @@ def test_a_row_alone_is_the_row_of_the_batch(float64):
 
 
 def test_finished_rows_do_not_matter(ends_at):
-    """Whether and when row 0 ends, and what it draws: not one bit of the other rows changes."""
+    """Whether and when row 0 ends, and what it draws: the other rows stay as they are. To rounding, for finished rows
+    leave the batch when they are half of it, and a product of other shape may sum in another order."""
     model = tiny_model(eos_token_id=list(EOS))
     encoder, results = tiny_encoder(model), []
     for end in (3, 9, 20, NEVER):
@@ -68,8 +69,9 @@ def test_finished_rows_do_not_matter(ends_at):
         results.append(generate_tiny(model, encoder, temperature=0))
         assert results[-1].lengths.tolist() == [min(end, 40), 30, 40, 40]
         assert results[-1].ended.tolist() == [end < 40, True, False, False]
-        assert torch.equal(results[-1].tokens[1:], results[0].tokens[1:])
-        assert torch.equal(results[-1].logps[1:], results[0].logps[1:])
+        assert results[-1].completions()[1:] == results[0].completions()[1:]
+        counts = torch.arange(40) < results[0].lengths[1:, None]
+        assert ((results[-1].logps[1:] - results[0].logps[1:]).abs() * counts).max() < 1e-5
     assert not torch.equal(results[0].tokens[0], results[-1].tokens[0])
 
 
