@@ -11,7 +11,7 @@ intervals compare by bracket and order, lists and sets in any order, words as te
 where fractions can be (0.333 is not 1/3), else to ten digits, with random numbers for letters. Nothing is executed, and
 nothing gets big or slow, whatever a model writes. (How an answer is found in a completion: rollout.py.)
 
-Left out: inequalities, equations other than `x = ...` (compared as text), proofs, a judge model.
+Left out: inequalities (compared as text), proofs, a judge model.
 
 Try it:  python evaluate.py --model DIR --data gsm8k --data-dir ../shared/data --limit 40 --window 0,64
 """
@@ -77,8 +77,6 @@ def same_answer(gold, prediction, tolerance=0.0):
     readings = [(a, b)]                                                         # 50% is 50, if asked for in percent
     if (a != whole[0]) != (b != whole[1]):
         readings += [(f"({a})/100", b) if a != whole[0] else (a, f"({b})/100")]  # and it is 1/2
-    if "," in a and "," in b:
-        readings += [(a.replace(",", ", "), b.replace(",", ", "))]              # 100,200 may be two numbers
     return any(agree(canonical(a), canonical(b), tolerance) for a, b in readings)
 
 
@@ -133,6 +131,8 @@ def canonical(text, nesting=3):
         if found := NAMED.fullmatch(text):
             return plain(found[1]), *canonical(found[2], nesting - 1)[1:]
     try:
+        if text.count("=") == 1:                                                # 2x+y=1 is 4x+2y-2=0
+            return "", unit, ("=", *value("({})-({})".format(*text.split("=")), to_a_factor=True))
         return "", unit, value(text)
     except (ValueError, ArithmeticError, RecursionError, IndexError):           # no expression, or one that gets big
         return "", unit, plain(text).casefold()
@@ -164,7 +164,7 @@ OPERATORS = {"+": (1, operator.add), "-": (1, operator.sub), "*": (2, operator.m
 CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|"}
 
 
-def value(text):
+def value(text, to_a_factor=False):
     r"""Three values of `2x-1`, `\frac{\sqrt2}{2}`, `1 1/2`, each a Fraction if it is exact, else complex to ten digits.
 
     Letters stand for random numbers, drawn each time: expressions that agree three times are equal whatever their form.
@@ -172,14 +172,15 @@ def value(text):
     found = []
     for draw in range(3):
         tokens = TOKEN.findall(TEXT.sub(r"\1", text))[::-1]                     # the next one is the last
-        x = expression(tokens, draw)
+        found.append(expression(tokens, draw))
         if tokens:
             raise ValueError
+    found = [x / found[0] for x in found] if to_a_factor else found
+    for i, x in enumerate(found):
         if not isinstance(x, Fraction):
             near, scale = Fraction(x.real).limit_denominator(1000), 10 ** (9 - math.floor(math.log10(abs(x))))
             tens = complex(round(x.real * scale), round(x.imag * scale)) / scale
-            x = near if abs(x - near) < 1e-12 * abs(x) else tens                # \sqrt2^2 is 2
-        found.append(x)
+            found[i] = near if abs(x - near) < 1e-12 * abs(x) else tens         # \sqrt2^2 is 2
     return tuple(found)
 
 
@@ -190,7 +191,7 @@ def expression(tokens, draw, least=1):
     else:
         value = operand(tokens, draw)
     while tokens:
-        if re.match(r"[A-Za-z({]|\\[A-Za-z]", tokens[-1]):
+        if re.match(r"[A-Za-z(\[{]|\\[A-Za-z]", tokens[-1]):
             tokens.append("*")                                                  # 2\pi, (x+1)(x-1), but not 2 3
         rank, apply = OPERATORS.get(tokens[-1], (0, None))
         if rank < least:
@@ -246,8 +247,6 @@ def power(a, b):
             if abs(b) * max(a.numerator.bit_length(), a.denominator.bit_length()) > 1000:
                 raise ValueError
             return a ** int(b)
-        if a < 0 and b.denominator % 2:                                         # \sqrt[3]{-8} is -2
-            return power(-a, b) * (-1) ** b.numerator
         exact = Fraction(*(round(abs(n) ** (1 / b.denominator)) for n in (a.numerator, a.denominator)))
         if exact ** b.denominator == a:
             return power(exact, Fraction(b.numerator))

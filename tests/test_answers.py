@@ -82,6 +82,8 @@ SAME = [  # (gold, prediction): equal, in both directions
     (r"x \in [-2,7]", "[-2, 7]"),
     ("f(x)=x^2", "x²"),
     *[("y = 2x + 3", line) for line in ("y=3+2x", "2x+3")],
+    *[("5x - 7y + 11z + 4 = 0", plane) for plane in ("5x-7y+11z=-4", "10x - 14y + 22z + 8 = 0")],
+    (r"I \frac{d \omega}{d t}+2 B \omega=T", r"T - 2B\omega = I\frac{d\omega}{dt}"),
     *[(r"k \geqslant 2", least) for least in (r"k \ge 2", "k≥2")],
     # roots, pi, logarithms, trigonometry
     *[(r"\frac{\sqrt{3}}{3}", root) for root in (r"\frac{1}{\sqrt 3}", r"\sqrt{\frac13}", "sqrt(3)/3", "3^{-1/2}")],
