@@ -239,25 +239,33 @@ def arms(folder, runs):
 def resume(path, settings, per_job, unit):
     """The records that an earlier call with the same settings left in `path`; what it left of a batch of `unit` records
     is cut off. Raises UserError if that call had other settings."""
+    header = json.dumps(settings).encode()
+    if path.exists() and header.startswith(path.read_bytes()):                  # killed before it wrote anything
+        path.unlink()
     if not path.exists():
         if path.with_suffix(".json").exists() or not path.parent.is_dir() and path.parent.name != "runs":
             raise UserError(f"--json {path.with_suffix('.json')} exists, or its folder does not; give another")
         return []
     first, *lines = path.read_bytes().split(b"\n")[:-1] or [b""]                # the last piece is not a whole line
     try:
-        there = json.loads(first)
-        changed = [name for name in settings if json.loads(json.dumps(settings[name])) != there[name]]
+        there, wanted = json.loads(first), json.loads(header)
+        changed = [name for name in wanted if wanted[name] != there[name]]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} exists and is not of an evaluation; give another --json, or remove it") from None
     if changed:
-        old, new = there[changed[0]], settings[changed[0]]
+        old, new = there[changed[0]], wanted[changed[0]]
         raise UserError(f"{path} holds results with other {changed[0]} ({old}, not {new}); give another --json, or "
                         "remove it")
-    jobs, rest = divmod(len(lines), per_job)
-    whole = jobs * per_job + rest // unit * unit
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:                                                      # a machine that went down left noise
+            break
+    del records[len(records) // per_job * per_job + len(records) % per_job // unit * unit:]
     with open(path, "r+b") as file:
-        file.truncate(len(first) + 1 + sum(len(line) + 1 for line in lines[:whole]))
-    return [json.loads(line) for line in lines[:whole]]
+        file.truncate(sum(len(line) + 1 for line in [first, *lines[:len(records)]]))
+    return records
 
 
 # ------------------------------------------------------------------------------------ the command line of every script

@@ -2,8 +2,9 @@
 
 The weights are random but large: logits are far from uniform and attention is sharp, so one key too many, too few or at
 a wrong position shows in the first digits. Everything here is independent of cache.py, and small enough to be checked
-by eye: what `logits_by_hand` returns is what the whole project must reproduce.
+by eye: what `logits_by_hand` returns is what the whole project must reproduce. At the end: a run to put scripts to.
 """
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import grpo
 import rollout
+import train
 from encoder import ThoughtEncoder
 from model import ModelConfig, Transformer
 
@@ -175,3 +177,41 @@ def assert_same(got, wanted):
     for name in wanted:
         assert wanted[name].abs().max() > 1e-6, name
         assert (got[name] - wanted[name]).abs().max() <= 1e-9 * wanted[name].abs().max(), name
+
+
+# ---- the scripts, as small as they get -------------------------------------------------------------------------------
+SMALL = ("--steps 2 --prompts 2 --group-size 4 --window 8 --evict-ratio 0.5 --test-problems 4 --base-steps 3 "
+         "--device cpu").split()
+
+
+def call(module, *argv):
+    """Runs a script's main() in this process, as run_script does -> exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [Path(module.__file__).name, *map(str, argv)])
+        try:
+            rollout.run_script(module.main)
+        except SystemExit as end:
+            return end.code
+    return 0
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A run of the default job, as small as it gets: two steps on a base that has learnt next to nothing."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert call(train, *SMALL, "--out", out) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def problems(tmp_path_factory):
+    """A file of problems that the tiny model can read, under the three names that a problem may have."""
+    path = tmp_path_factory.mktemp("data") / "problems.jsonl"
+    rows = [{"problem": "527184=", "answer": "7"}, {"question": "903341=", "answer": 0},
+            {"prompt": "12=", "answer": "so far 5\n#### 3"}]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    return path

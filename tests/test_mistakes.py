@@ -8,8 +8,8 @@ import torch
 import evaluate
 import rollout
 import train
+from conftest import call
 from model import ModelConfig, Transformer, hugging_face_name, write_safetensors
-from test_scripts import call
 
 GOOD = '{"problem": "527184=", "answer": 7}'
 DATA = {  # name of a file, what it holds

@@ -12,52 +12,18 @@ import torch
 import evaluate
 import rollout
 import train
+from conftest import SMALL, call, lines
 from grpo import group_advantages
 from model import read_safetensors
 from rollout import command_line
 
-SMALL = ("--steps 2 --prompts 2 --group-size 4 --window 8 --evict-ratio 0.5 --test-problems 4 --base-steps 3 "
-         "--device cpu").split()
 METRICS = ("step reward accuracy response_tokens truncated evictions loss grad_norm logp_gap ratio_clipped kl "
            "tokens_per_second peak_memory_mb seconds").split()
-
-
-def call(module, *argv):
-    """Runs a script's main() in this process, as run_script does -> exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [Path(module.__file__).name, *map(str, argv)])
-        try:
-            rollout.run_script(module.main)
-        except SystemExit as end:
-            return end.code
-    return 0
-
-
-def lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def adapter(run):
     """All numbers of a run's adapter, one after the other."""
     return torch.cat([x.flatten() for _, x in sorted(read_safetensors(run / "adapter.safetensors").items())])
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """A run of the default job, as small as it gets: two steps on a base that has learnt next to nothing."""
-    out = tmp_path_factory.mktemp("runs") / "run"
-    assert call(train, *SMALL, "--out", out) == 0
-    return out
-
-
-@pytest.fixture(scope="session")
-def problems(tmp_path_factory):
-    """A file of problems that the tiny model can read, under the three names that a problem may have."""
-    path = tmp_path_factory.mktemp("data") / "problems.jsonl"
-    rows = [{"problem": "527184=", "answer": "7"}, {"question": "903341=", "answer": 0},
-            {"prompt": "12=", "answer": "so far 5\n#### 3"}]
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    return path
 
 
 def test_what_a_run_writes(trained):
