@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cache import eviction_size
-from model import Linear, Tokenizer, Transformer, UserError, read_folder, read_json, read_safetensors
+from model import Linear, ModelConfig, Tokenizer, Transformer, UserError, read_folder, read_json, read_safetensors
 
 KINDS = ("pte", "lora", "no-global", "global-only")
 UPDATES = ("paper", "sum")
@@ -165,10 +165,10 @@ def first_line(error):
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
 
 
-def fingerprint(folder):
-    """Tells models of one shape apart, or runs: a hash of the first numbers of every tensor in the folder."""
-    adapter, digest = Path(folder, "adapter.safetensors"), hashlib.sha256()
-    for _, tensor in sorted((read_safetensors(adapter) if adapter.exists() else read_folder(folder)).items()):
+def fingerprint(tensors, settings=None):
+    """Tells models of one shape apart: a hash of the first numbers of all {name: tensor} (and of settings, a dict)."""
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for _, tensor in sorted(tensors.items()):
         digest.update(tensor.flatten()[:64].float().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -193,6 +193,23 @@ def base_of(run, config):
     return Path(run) / "base" if config["model"] == "tiny" else model_folder(config["model"])
 
 
+def read_adapter(run, config, folder):
+    """The tensors of a run's adapter. Raises UserError if they are missing, or do not belong to the model in folder."""
+    path = Path(run) / "adapter.safetensors"
+    saved = read_safetensors(path)
+    with torch.device("meta"):                                                  # shapes without numbers
+        wanted = attach(Transformer(ModelConfig(read_json(Path(folder) / "config.json"))), config).trainable()
+    for name in sorted(saved.keys() | wanted.keys()):
+        there, fits = (tuple(tensors[name].shape) if name in tensors else "missing" for tensors in (saved, wanted))
+        if there != fits:
+            raise UserError(f"{path} does not fit {folder}: {name} is {there}, for this model it would be {fits}; give "
+                            f"the model that the run was trained on ({config['model']})")
+    if config.get("fingerprint", mark := fingerprint(read_folder(folder))) != mark:
+        raise UserError(f"{run} was trained on another model than {folder}: of the same shape, but other weights; give "
+                        f"the model that the run was trained on ({config['model']})")
+    return saved
+
+
 def load(folder, run, dtype, device):
     """A model folder, a run folder of train.py, or both -> (model, encoder or None, tokenizer, run's config or {}).
 
@@ -203,59 +220,63 @@ def load(folder, run, dtype, device):
     folder, device = model_folder(folder) if folder else base_of(run, config), pick_device(device)
     model, encoder = Transformer.from_folder(folder, dtype=pick_dtype(dtype, device), device=device), None
     if run:
-        encoder, path = attach(model, config), Path(run) / "adapter.safetensors"
-        saved, wanted = read_safetensors(path), encoder.trainable()
-        for name in sorted(saved.keys() | wanted.keys()):
-            shapes = [tuple(tensors[name].shape) if name in tensors else "missing" for tensors in (saved, wanted)]
-            if shapes[0] != shapes[1]:
-                raise UserError(f"{path} does not fit {folder}: {name} is {shapes[0]}, for this model it would be "
-                                f"{shapes[1]}; give the model that the run was trained on ({config['model']})")
-        if config.get("fingerprint", there := fingerprint(folder)) != there:
-            raise UserError(f"{run} was trained on another model than {folder}: of the same shape, but other weights; "
-                            f"give the model that the run was trained on ({config['model']})")
+        saved, encoder = read_adapter(run, config, folder), attach(model, config)
         with torch.no_grad():
-            for name, parameter in wanted.items():
+            for name, parameter in encoder.trainable().items():
                 parameter.copy_(saved[name])
     return model, encoder, Tokenizer.from_folder(folder), config
 
 
 def arms(folder, runs):
-    """[(arm, model folder, run or "")]: the models as they were before training, then the runs. folder: the model of
-    the runs, "" for the one that each was trained on. Raises UserError."""
-    configs = {run: run_config(run) for run in runs}
-    folders = [model_folder(folder)] if folder else [base_of(run, config) for run, config in configs.items()]
-    if not folders:
+    """[(arm, model folder, run or "", fingerprint)]: the models as they were before training, then the runs; folder is
+    that of their model, "" for the one that each was trained on. What differs in nothing but its seed is one arm.
+    Raises UserError if a run does not fit its model."""
+    configs = {str(Path(run)): run_config(run) for run in runs}
+    bases = {str(model_folder(folder)): folder} if folder else {
+        str(base_of(run, config)): config["model"] for run, config in configs.items()}
+    if not bases:
         raise UserError("which model? give --model DIR (a Hugging Face folder), or --runs RUN (folders train.py wrote)")
-    found, known = [("no training", str(f), "") for f in {fingerprint(f): f for f in folders}.values()], {}
+    names, found = {}, {}
+
+    def add(name, settings, base, run, mark):
+        if (key := json.dumps(settings)) not in names:                          # another arm of this name: say which
+            names[key] = f"{name} ({run or base})" if name in names.values() else name
+        found.setdefault((run, mark), (names[key], base, run, mark))            # two runs may share one base
+    for base, model in bases.items():
+        add("no training", model, base, "", fingerprint(read_folder(base)))
     for run, config in configs.items():
-        arm = {"pte": "PTE", "lora": "LoRA_c" if config["window"] else "LoRA"}.get(config["adapter"], config["adapter"])
+        base = str(model_folder(folder) if folder else base_of(run, config))
+        name = config["adapter"]
+        name = {"pte": "PTE", "lora": "LoRA_c" if config["window"] else "LoRA"}.get(name, name)
         settings = {k: v for k, v in config.items() if k not in ("seed", "out", "fingerprint", "device", "dtype")}
-        if known.setdefault(arm, settings) != settings:                         # more than the seed differs
-            arm = f"{arm} ({Path(run).name})"
-        found.append((arm, folder, run))
-    return found
+        add(name, settings, base, run, fingerprint(read_adapter(run, config, base), config))
+    return list(found.values())
 
 
-def resume(path, settings, per_job, unit):
-    """The records that an earlier call with the same settings left in `path`; what it left of a batch of `unit` records
-    is cut off. Raises UserError if that call had other settings."""
+def resume(name, settings, per_job, unit):
+    """(path, records that an earlier call with the same settings left there), for a --json name, "" for one made of the
+    settings. What that call left of a batch of `unit` records is cut off. Raises UserError if it had other settings."""
     header = json.dumps(settings).encode()
-    if path.exists() and header.startswith(path.read_bytes()):                  # killed before it wrote anything
-        path.unlink()
-    if not path.exists():
-        if path.with_suffix(".json").exists() or not path.parent.is_dir() and path.parent.name != "runs":
-            raise UserError(f"--json {path.with_suffix('.json')} exists, or its folder does not; give another")
-        return []
-    first, *lines = path.read_bytes().split(b"\n")[:-1] or [b""]                # the last piece is not a whole line
+    path = Path(name or f"runs/eval-{hashlib.sha256(header).hexdigest()[:8]}.json")
+    if path.suffix != ".json" or path.parent != Path("runs") and not path.parent.is_dir():
+        raise UserError(f"--json {path}: give a name that ends in .json, in a folder that exists")
+    lines_path = path.with_suffix(".jsonl")
+    torn = lines_path.exists() and header.startswith(lines_path.read_bytes())   # killed before it wrote anything
+    if torn or not lines_path.exists():
+        if path.exists() or path.with_suffix(".md").exists():
+            raise UserError(f"--json {path} exists, or its .md does, and is not of this evaluation; give another")
+        lines_path.unlink(missing_ok=True)
+        return path, []
+    first, *lines = lines_path.read_bytes().split(b"\n")[:-1] or [b""]          # the last piece is not a whole line
     try:
         there, wanted = json.loads(first), json.loads(header)
         changed = [name for name in wanted if wanted[name] != there[name]]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} exists and is not of an evaluation; give another --json, or remove it") from None
+        raise UserError(f"{lines_path} exists and is not of an evaluation; give another --json, or remove it") from None
     if changed:
         old, new = there[changed[0]], wanted[changed[0]]
-        raise UserError(f"{path} holds results with other {changed[0]} ({old}, not {new}); give another --json, or "
-                        "remove it")
+        raise UserError(f"{lines_path} holds results with other {changed[0]} ({old}, not {new}); give another --json, "
+                        "or remove it")
     records = []
     for line in lines:
         try:
@@ -263,9 +284,9 @@ def resume(path, settings, per_job, unit):
         except ValueError:                                                      # a machine that went down left noise
             break
     del records[len(records) // per_job * per_job + len(records) % per_job // unit * unit:]
-    with open(path, "r+b") as file:
+    with open(lines_path, "r+b") as file:
         file.truncate(sum(len(line) + 1 for line in [first, *lines[:len(records)]]))
-    return records
+    return path, records
 
 
 # ------------------------------------------------------------------------------------ the command line of every script
@@ -275,6 +296,14 @@ def flag(default, help, choices=None, least=None):
     """A dataclass field that is a command-line flag; choices or a least value bound what it may be. A tuple as default
     makes a flag of several values, between spaces or commas."""
     return field(default=default, metadata={"help": help, "choices": choices, "least": least})
+
+
+def several(kind):
+    """Reads `a,b` as [a, b], each a `kind`; argparse says "invalid int value" for what it cannot read."""
+    def read(text):
+        return [kind(part) for part in text.split(",") if part] or kind("")     # int("") raises ValueError
+    read.__name__ = kind.__name__
+    return read
 
 
 def command_line(options, doc, presets=None, argv=None):
@@ -289,9 +318,8 @@ def command_line(options, doc, presets=None, argv=None):
     for f in fields(options):
         names = dict.fromkeys(["--" + f.name.replace("_", "-"), "--" + f.name])  # in order, without repeats
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"]}
-        if get_origin(f.type):                                                  # several values
-            kind = {"type": lambda text, to=get_args(f.type)[0]: [to(part) for part in text.split(",") if part],
-                    "nargs": "+", "metavar": "A B" if get_args(f.type)[0] is str else "N"}
+        if get_origin(f.type):
+            kind = {"type": several(get_args(f.type)[0]), "nargs": "+", "metavar": "A"}
         elif f.type is not bool and not f.metadata["choices"]:
             kind["metavar"] = {int: "N", float: "F", str: "S"}[f.type]
         parser.add_argument(*names, default=f.default, help=f.metadata["help"], **kind)

@@ -9,9 +9,8 @@ each a mean over problems, with a 95 % interval by bootstrap: problems are drawn
 Answers are equal by value, not by form. Dressing goes (`$`, `\left`, `\text{}`, units, the comma of 1,000); tuples and
 intervals compare by bracket and order, lists and sets in any order, words as text, expressions by their value: exact
 where fractions can be (0.333 is not 1/3), else to ten digits, with random numbers for letters. Nothing is executed, and
-nothing gets big or slow, whatever a model writes. (How an answer is found in a completion: rollout.py.)
-
-Left out: inequalities (compared as text), proofs, a judge model.
+nothing gets big or slow, whatever a model writes. (How an answer is found in a completion: rollout.py.) Left out:
+inequalities (compared as text), proofs, a judge model.
 
 Try it:  python evaluate.py --model DIR --data gsm8k --data-dir ../shared/data --limit 40 --window 0,64
 """
@@ -219,7 +218,8 @@ def operand(tokens, draw):
         degree = operand(tokens, draw) if tokens[-1] == "[" else Fraction(2)
         value = power(operand(tokens, draw), 1 / degree)
     elif token[0] == "\\" and name in FUNCTIONS:
-        value = FUNCTIONS[name](expression(tokens, draw, 3))
+        bracket = tokens[-1] in CLOSING                                         # \sin(x)^3 is (\sin x)^3
+        value = FUNCTIONS[name](operand(tokens, draw) if bracket else expression(tokens, draw, 3))
     elif token in CONSTANTS:
         value = CONSTANTS[token]
     elif name[:1].isalpha() and (token[0] == "\\" or not token[:3].isalpha() or len(token) < 3):
@@ -271,7 +271,8 @@ def majority(samples):
     """1 if the most frequent prediction is right, 0 if not; tied ones share the point, no prediction has no vote."""
     votes = []                                                                  # [prediction, how often, right]
     for sample in samples:
-        alike = [v for v in votes if sample["prediction"] == v[0] or same_answer(v[0], sample["prediction"])]
+        alike = [v for v in votes if v[2] == sample["correct"] and (
+            v[0] == sample["prediction"] or same_answer(v[0], sample["prediction"]))]
         if alike:
             alike[0][1] += 1
         elif sample["prediction"] is not None:
@@ -368,18 +369,16 @@ def draw(rows, path):
 
 
 def compare(o):
-    """Measures, and writes FILE.json and FILE.md -> the Markdown tables, and FILE.json. Raises UserError."""
-    records, path = measure(o, grade)
-    ks = {data: min(o.pass_at or (BENCHMARKS[data].k if data in BENCHMARKS else 1), o.samples)
-          for data in dict.fromkeys(r["data"] for r in records)}
-    shown = {data: f"pass@{k}" if k > 1 else "accuracy" for data, k in ks.items()}
+    """Measures, and writes FILE.json and FILE.md -> the Markdown tables, and FILE.json."""
+    problems, records, path = measure(o, grade)
+    shown = {p["data"]: f"pass@{k}" if (k := min(o.pass_at or p["k"], o.samples)) > 1 else "accuracy" for p in problems}
     rows = summary(records, shown, o.pass_at)
-    text, saved = markdown(rows, shown), path.with_suffix(".json")
-    saved.write_text(json.dumps({"rows": rows, "problems": records}, indent=1, ensure_ascii=False) + "\n")
-    path.with_suffix(".md").write_text(text)
+    text = markdown(rows, shown)
+    path.write_text(json.dumps({"rows": rows, "problems": records}, indent=1) + "\n")
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
     if o.plot:
         draw(rows, o.plot)
-    return text, saved
+    return text, path
 
 
 def main():
@@ -392,6 +391,8 @@ def main():
         raise UserError(f"pass@{o.pass_at} wants at least as many samples; give --samples {o.pass_at}, or more")
     if o.plot and not find_spec("matplotlib"):
         raise UserError("--plot needs matplotlib: pip install matplotlib")
+    if o.plot and (Path(o.plot).suffix != ".png" or not Path(o.plot).parent.is_dir()):
+        raise UserError(f"--plot {o.plot}: give a name that ends in .png, in a folder that exists")
     print("{}\nsaved: {}, .jsonl, .md".format(*compare(o)))
 
 

@@ -1,11 +1,12 @@
-"""rollout.py: batched generation under the cache; as a script, a chat with a model whose memory does not grow.
+"""rollout.py: batched generation under the cache, of rollouts and of solutions to problem sets; as a script, a chat.
 
     y_t ~ pi(. | C_t, S_t)
 
 Each prompt goes through the model once and is shared by its group of G rollouts; then all rows advance together, one
 token a step. Before the ring would overflow, the oldest thoughts leave the cache and enter the thought state. A row
 ends with the first end token it draws, which counts as one of its tokens; what the loop computes for it afterwards is
-masked by length, never by comparing ids. The log-prob of each token drawn is stored: it is the old policy of GRPO.
+masked by length, never by comparing ids, and it leaves the batch once half of the rows have ended. The log-prob of each
+token drawn is stored: it is the old policy of GRPO.
 
 Left out: speculative decoding, paged caches, serving.
 
@@ -25,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from cache import SlidingCache, eviction_size
-from encoder import (ModelOptions, arms, command_line, fingerprint, first_line, flag, load, resume, run_script,
+from encoder import (ModelOptions, arms, command_line, first_line, flag, load, resume, run_config, run_script,
                      window_of)
 from model import UserError
 
@@ -211,7 +212,7 @@ def as_problem(row):
 
 
 def load_data(name, data_dir, limit):
-    """The problems of a JSONL file or a benchmark, each with its "data" and "tolerance". Raises UserError."""
+    """The problems of a JSONL file or a benchmark, each with its "data", "k", "tolerance". Raises UserError."""
     benchmark = BENCHMARKS.get(name)
     path = Path(data_dir, benchmark.file) if benchmark else Path(name)
     if benchmark and not path.exists():
@@ -230,8 +231,8 @@ def load_data(name, data_dir, limit):
         rows = load_problems(path)
     else:
         raise UserError(f"--data {name} is neither a file nor one of {', '.join(BENCHMARKS)}")
-    return [{**row, "data": name if benchmark else path.stem, "tolerance": benchmark.tolerance if benchmark else 0}
-            for row in rows[:limit or None]]
+    return [{**row, "data": name if benchmark else path.stem, "k": benchmark.k if benchmark else 1,
+             "tolerance": benchmark.tolerance if benchmark else 0} for row in rows[:limit or None]]
 
 
 def prompt_ids(tokenizer, text, raw=False):
@@ -259,11 +260,10 @@ def extract_answer(text):
     >>> extract_answer(r"First \boxed{1}, then \boxed{\frac{1}{2}}, and cut off in \boxed{3")
     '\\frac{1}{2}'
     >>> extract_answer("He pays $20,000 four times. The answer is **$80,000**.")
-    '80,000'
-    """
+    '80,000'"""
     after_thinking = text.rpartition("</think>")[2]                             # all of it where there is no such tag
     text = after_thinking if after_thinking.strip() else text
-    # From the last box back. While none closes, the box before can only close ahead of them: each piece needs one look.
+    # From the last box back; while none closes, the box before can only close ahead of them.
     for piece in reversed(BOX.split(text)[1:]):
         depth = 1
         for brace in BRACE.finditer(piece[:MAX_ANSWER]) if "}" in piece else ():
@@ -323,19 +323,20 @@ def solve(model, encoder, tokenizer, problems, *, window, evict_ratio, max_new_t
 
 def measure(o, grade):
     """Puts all problems to every model under every window: o are the Options of evaluate.py, grade(problem, response)
-    gives a prediction and whether it is right. Returns the records, a dict for each problem, and the path of their file
-    without its ending: they go there as they come, and what is there already is not done again."""
-    problems = [problem for name in o.data for problem in load_data(name, o.data_dir, o.limit)]
+    gives a prediction and whether it is right. Returns problems, records (a dict for each problem of each job) and the
+    path of --json: records go to a .jsonl beside it as they come, and those already there are not made again."""
+    sets = [load_data(name, o.data_dir, o.limit) for name in o.data]
+    problems, names = sum(sets, []), [problems[0]["data"] for problems in sets]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--data: two sets of problems are called {twice[0]}; rename a file")
     models, unit, n = arms(o.model, o.runs), batch_of(o.samples, o.batch), len(problems)
-    settings = {k: v for k, v in asdict(o).items() if k not in ("json", "plot", "pass_at", "data_dir")} | {
-        "problems": hashlib.sha256(json.dumps(problems).encode()).hexdigest(),
-        "models": [fingerprint(run or folder) for _, folder, run in models]}
-    name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
-    path = Path(o.json or f"runs/eval-{name}.json").with_suffix("")
-    lines = path.with_suffix(".jsonl")
-    records = resume(lines, settings, n, unit)
     jobs = [(*model, window) for model in models for window in o.window]
-    for job, (arm, folder, run, window) in enumerate(jobs):
+    for _, _, run, _, window in jobs:                                           # before anything is done
+        window_of(window, o.evict_ratio, run_config(run) if run else {})
+    settings = {k: v for k, v in asdict(o).items() if k not in ("json", "plot", "pass_at", "data_dir")} | {
+        "problems": hashlib.sha256(json.dumps(problems).encode()).hexdigest(), "models": [m[-1] for m in models]}
+    path, records = resume(o.json, settings, n, unit)
+    for job, (arm, folder, run, _, window) in enumerate(jobs):
         if (done := len(records) - job * n) >= n:
             continue
         model, encoder, tokenizer, config = load(folder, run, o.dtype, o.device)
@@ -349,12 +350,11 @@ def measure(o, grade):
             records.append({"arm": arm, "model": run or folder, "window": W, "cache_mb": cache, "memory_mb": memory,
                             "data": problems[i]["data"], "number": i, "answer": problems[i]["answer"],
                             "samples": solutions})
-            if not lines.exists():
-                lines.parent.mkdir(exist_ok=True)                               # runs/
-                lines.write_text(json.dumps(settings) + "\n")
-            with open(lines, "a") as file:
-                print(json.dumps(records[-1]), file=file)
-    return [r for job in range(len(jobs)) for r in sorted(records[job * n:][:n], key=lambda r: r["number"])], path
+            path.parent.mkdir(exist_ok=True)                                    # runs/
+            with open(path.with_suffix(".jsonl"), "a") as file:                 # first of all: what it is of
+                print(*[json.dumps(settings)] * (file.tell() == 0), json.dumps(records[-1]), sep="\n", file=file)
+    in_order = [r for job in range(len(jobs)) for r in sorted(records[job * n:][:n], key=lambda r: r["number"])]
+    return problems, in_order, path
 
 
 @dataclass

@@ -34,7 +34,7 @@ from encoder import (DTYPES, KINDS, UPDATES, attach, command_line, fingerprint, 
                      pick_dtype, run_script)
 from evaluate import Options, compare, grade
 from grpo import backward, group_advantages, micro_batches, overlong_penalty
-from model import ModelConfig, Tokenizer, Transformer, UserError, hugging_face_name, write_safetensors
+from model import ModelConfig, Tokenizer, Transformer, UserError, hugging_face_name, read_folder, write_safetensors
 from rollout import ask, check_prompts, generate, load_problems
 
 PRESETS = {  # what differs from the defaults of Config
@@ -285,7 +285,7 @@ def main():
     encoder = attach(model, asdict(c))
     trainable = encoder.trainable()
     optimizer = torch.optim.AdamW(trainable.values(), lr=c.lr, betas=(0.8, 0.99), weight_decay=0.0)
-    settings = asdict(c) | {"fingerprint": fingerprint(folder)}                 # of the model that the adapter bends
+    settings = asdict(c) | {"fingerprint": fingerprint(read_folder(folder))}    # of the model that the adapter bends
     (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     print(f"{c.adapter} on {folder}: {sum(p.numel() for p in trainable.values()):,} trained numbers, window "
           f"{c.window}, {c.prompts} x {c.group_size} rollouts a step, {device}; all goes to {out}", file=sys.stderr)

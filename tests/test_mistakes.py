@@ -9,7 +9,7 @@ import evaluate
 import rollout
 import train
 from conftest import call
-from model import ModelConfig, Transformer, hugging_face_name, write_safetensors
+from model import ModelConfig, Transformer, hugging_face_name, read_folder, write_safetensors
 
 GOOD = '{"problem": "527184=", "answer": 7}'
 DATA = {  # name of a file, what it holds
@@ -28,7 +28,7 @@ def place(tmp_path_factory):
     for name, text in DATA.items():
         (here / f"{name}.jsonl").write_text(text)
     (here / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
-    for name in ("short", "gpt2", "wide", "wordless"):
+    for name in ("short", "gpt2", "wide", "other", "wordless"):
         copytree(here / "run" / "base", here / name)
     weights = here / "short" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7])
@@ -37,6 +37,8 @@ def place(tmp_path_factory):
     (here / "wide" / "config.json").write_text(json.dumps(wide))
     write_safetensors(here / "wide" / "model.safetensors", {
         hugging_face_name(name): p for name, p in Transformer(ModelConfig(wide)).named_parameters()})
+    write_safetensors(here / "other" / "model.safetensors", {  # of the same shape, but other weights
+        name: p + 1 for name, p in read_folder(here / "run" / "base").items()})
     (here / "wordless" / "tokenizer.json").unlink()
     copytree(here / "run", here / "unfinished")
     (here / "unfinished" / "adapter.safetensors").unlink()
@@ -75,6 +77,7 @@ MISTAKES = {  # script: [(command line, words of the one line that it says)]
         (ASK + "--run nowhere", "nowhere/config.json"), (ASK + "--run run/base", "run/base/config.json"),
         (ASK + "--run unfinished", "unfinished/adapter.safetensors"),
         (ASK + "--run run --model wide", "run/adapter.safetensors wide"),
+        (ASK + "--run run --model other", "run other: same shape other weights"),
         (ASK + "--model run/base --window 10", "--window 10 divides"),
         (ASK + "--run run --max-new-tokens 9999", "9999 context"),
         (ASK + "--run run --max-new-tokens 0", "--max-new-tokens 0"),
@@ -85,7 +88,17 @@ MISTAKES = {  # script: [(command line, words of the one line that it says)]
         (SCORE + "empty.jsonl", "empty.jsonl"), (SCORE + "cut.jsonl", "cut.jsonl, line 2:"),
         (SCORE + "good.jsonl --json list.jsonl", "list.jsonl exists"), (SCORE + "good.jsonl --window 3", "--window 3"),
         (SCORE + "good.jsonl --json nowhere/out.json", "nowhere"), (SCORE + "good.jsonl --batch 0", "--batch 0"),
-        (SCORE + "long.jsonl --max-new-tokens 999", "4000 999 context"), (SCORE + "letters.jsonl", "prompt token")],
+        (SCORE + "long.jsonl --max-new-tokens 999", "4000 999 context"), (SCORE + "letters.jsonl", "prompt token"),
+        (SCORE + "aime26", "aime26 math500, olympiadbench, minerva, amc23, aime24, aime25, gsm8k"),
+        (SCORE + "good.jsonl --samples 4", "--samples 4 --temperature 0"),
+        (SCORE + "good.jsonl --samples 4 --temperature 1 --pass-at 16", "pass@16 --samples 16"),
+        (SCORE + "good.jsonl --samples 0", "--samples 0"), (SCORE + "good.jsonl --window two", "--window 'two'"),
+        (SCORE + "good.jsonl --window 0,3", "--window 3"), (SCORE + "good.jsonl --window 8 -2", "--window -2"),
+        (SCORE + "good.jsonl --window ,", "--window"), (SCORE + "good.jsonl --runs run nowhere", "nowhere/config.json"),
+        (SCORE + "good.jsonl --runs unfinished", "unfinished/adapter.safetensors"),
+        (SCORE + "good.jsonl --model wide", "run/adapter.safetensors wide"),
+        (SCORE + "good.jsonl --model other", "run other: same shape other weights"),
+        (SCORE + "good.jsonl --json nowhere/runs/out.json", "nowhere/runs/out.json")],
 }
 
 
@@ -98,7 +111,8 @@ def listing(folder):
 def test_a_mistake_is_answered_in_one_line(place, monkeypatch, capsys, module, line, words):
     monkeypatch.chdir(place)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    rmtree("new", ignore_errors=True)  # left behind where this test failed before
+    for left in ("new", "runs"):  # where this test failed before
+        rmtree(left, ignore_errors=True)
     before = listing(place)
     assert call(module, *line.split()) == 2
     out, err = capsys.readouterr()
