@@ -167,7 +167,7 @@ def first_line(error):
 
 def fingerprint(tensors, settings=None):
     """Tells models of one shape apart: a hash of the first numbers of all {name: tensor} (and of settings, a dict)."""
-    digest = hashlib.sha256(json.dumps(settings).encode())
+    digest = hashlib.sha256(json.dumps(settings).encode() if settings else b"")
     for _, tensor in sorted(tensors.items()):
         digest.update(tensor.flatten()[:64].float().numpy().tobytes())
     return digest.hexdigest()[:16]

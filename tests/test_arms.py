@@ -24,7 +24,7 @@ from conftest import call, lines
 from encoder import arms
 from evaluate import interval, scores
 from model import read_safetensors, write_safetensors
-from test_evaluate import DIGITS, arguments, coin, data, refusal, variant
+from test_evaluate import arguments, coin, data, refusal, solved, variant
 
 
 # ---- the files and the table -----------------------------------------------------------------------------------------
