@@ -298,6 +298,10 @@ def flag(default, help, choices=None, least=None):
     return field(default=default, metadata={"help": help, "choices": choices, "least": least})
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the docstring as it is written, and the default of every flag."""
+
+
 def several(kind):
     """Reads `a,b` as [a, b], each a `kind`; argparse says "invalid int value" for what it cannot read."""
     def read(text):
@@ -312,8 +316,7 @@ def command_line(options, doc, presets=None, argv=None):
     presets {name: {field: default}} are picked by the field `preset`. Raises UserError for an unknown flag or value."""
     def refuse(message):
         raise UserError(f"{message}; --help lists every flag")
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=Help)
     parser.error = refuse
     for f in fields(options):
         names = dict.fromkeys(["--" + f.name.replace("_", "-"), "--" + f.name])  # in order, without repeats
