@@ -46,7 +46,8 @@ SPELLINGS = [(re.compile(pattern), usual) for pattern, usual in (
     (r"(\\frac) ?([0-9])", r"\1{\2}"), (r"(\\frac\{[^{}]*\}) ?([0-9])", r"\1{\2}"),               # \frac12
     (r"(?<![\w.^}/)* ])([0-9]+)(?: ?\\frac\{([0-9]+)\}\{([0-9]+)\}| ([0-9]+)/([0-9]+))(?![0-9])", r"(\1+\2\4/\3\5)"),
     (r"(?<![\\A-Za-z])(?:np\.|math\.)?(sqrt|pi|infty|ln|log|exp|sin|cos|tan|arc[a-z]+)(?![A-Za-z])", r"\\\1"),
-    (r"\\(sin|cos|tan)\^\{-1\}", r"\\arc\1"), (r"(\\log)_\{?10\}?", r"\1"), (r"\\([gl])eq?(?:slant)?\b", r"\\\1e"))]
+    (r"\\(sin|cos|tan)\^\{-1\}", r"\\arc\1"), (r"(\\log)_\{?10\}?", r"\1"),
+    (r"\\([gl])eq?(?:slant)?(?![a-z])", r"\\\1e"))]
 PERCENT = re.compile(r" ?(?:\\?%|\\text\{ ?percent\}|percent)$")
 UNIT = re.compile(r"""(?<=[0-9})])\ ?(?:\\(?:text|textrm|mbox|mathrm)\ ?\{[A-Za-z/. ]+\}             # 5 \text{ m/s}^2
     | \ [A-Za-z]{3,}(?:\ [A-Za-z]{2,}){0,2} | (?:[cmk]m|[mk]g|m[lL]|ft))(?:\^\{?-?[23]\}?)?$""", re.X)
@@ -103,7 +104,8 @@ def canonical(text, nesting=3):
     """(name, unit, form): the x of `x = 5 cm` or "", cm or "", and a form that is equal for equal answers."""
     text, unit = text.strip(" "), ""
     if (found := UNIT.search(text)) and not NOT_A_UNIT.search(found[0]):
-        text, unit = text[:found.start()], re.sub(r"\\[a-z]+|square|sq|cubic|[^a-z]", "", found[0].lower()).rstrip("s")
+        text, unit = text[:found.start()], re.sub(r"\\[a-z]+|square|sq|cubic|[^a-z/]", "", found[0].lower())
+        unit = re.sub("(?<=[a-z]{2})s$", "", unit)
     if THOUSANDS.fullmatch(text):
         text = text.replace(",", "")
 
@@ -118,6 +120,8 @@ def canonical(text, nesting=3):
     if nesting:
         if found := MATRIX.fullmatch(text):
             return "", unit, ("matrix", *(tuple(forms(r.split("&"))) for r in found[2].strip("\\ ").split(r"\\")))
+        if found := NAMED.fullmatch(text):
+            return plain(found[1]), unit, canonical(found[2], nesting - 1)[2]
         if 1 < len(parts := split(text, COMMA)) <= 30:                   # 1, -2   (0,1) \cup (1,2)
             return unordered(parts)
         if (found := BRACKETED.fullmatch(text)) and 0 < len(parts := split(found[2], COMMA)) <= 30:
@@ -127,8 +131,6 @@ def canonical(text, nesting=3):
                 return "", unit, (found[1], *forms(parts), found[3])
         if r"\pm" in text:
             return unordered([text])
-        if found := NAMED.fullmatch(text):
-            return plain(found[1]), *canonical(found[2], nesting - 1)[1:]
     try:
         if text.count("=") == 1:                                                # 2x+y=1 is 4x+2y-2=0
             return "", unit, ("=", *value("({})-({})".format(*text.split("=")), to_a_factor=True))
@@ -140,10 +142,8 @@ def canonical(text, nesting=3):
 def split(text, separator):
     """The parts of a text between separators outside all brackets; none if a bracket closes that has not opened."""
     depth = [*accumulate(((c in "([{") - (c in ")]}") for c in text), initial=0)]
-    if min(depth) < 0:
-        return []
     edges = [edge for found in separator.finditer(text) if not depth[found.start()] for edge in found.span()]
-    return [text[a:b] for a, b in zip([0, *edges[1::2]], [*edges[::2], None])]
+    return [text[a:b] for a, b in zip([0, *edges[1::2]], [*edges[::2], None])] if min(depth) == 0 else []
 
 
 def plain(text):
@@ -157,10 +157,9 @@ TOKEN = re.compile(r"""\ *([0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]{1,3}(?![0-9]))? 
     | (?:\\[A-Za-z]+|[A-Za-z])(?:_(?:[A-Za-z0-9]|\{[A-Za-z0-9]+\})|(?<=[A-Z])\([0-9]\))? | \\?.)\ *""", re.X | re.S)
 FUNCTIONS = {"ln": cmath.log, "log": cmath.log10} | {
     name: getattr(cmath, name.replace("arc", "a")) for name in "exp sin cos tan arcsin arccos arctan".split()}
-CONSTANTS = {r"\pi": math.pi, "e": math.e, "i": 1j}
 OPERATORS = {"+": (1, operator.add), "-": (1, operator.sub), "*": (2, operator.mul), "/": (2, operator.truediv),
              "^": (4, lambda a, b: power(a, b))}                                # how tightly it binds; a sign: 3
-CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|"}
+CONSTANTS, CLOSING = {r"\pi": math.pi, "e": math.e, "i": 1j}, {"(": ")", "[": "]", "{": "}", "|": "|"}
 
 
 def value(text, to_a_factor=False):
@@ -190,12 +189,11 @@ def expression(tokens, draw, least=1):
     else:
         value = operand(tokens, draw)
     while tokens:
-        if re.match(r"[A-Za-z(\[{]|\\[A-Za-z]", tokens[-1]):
-            tokens.append("*")                                                  # 2\pi, (x+1)(x-1), but not 2 3
-        rank, apply = OPERATORS.get(tokens[-1], (0, None))
+        beside = re.match(r"[A-Za-z(\[{]|\\[A-Za-z]", tokens[-1]) is not None  # 2\pi, (x+1)(x-1), but not 2 3
+        rank, apply = OPERATORS.get("*" if beside else tokens[-1], (0, None))
         if rank < least:
             break
-        from_the_left = tokens.pop() != "^"                                     # 2^3^2 is 2^(3^2)
+        from_the_left = beside or tokens.pop() != "^"                           # 2^3^2 is 2^(3^2)
         value = small(apply(value, expression(tokens, draw, rank + from_the_left)))
     return value
 
@@ -219,7 +217,10 @@ def operand(tokens, draw):
         value = power(operand(tokens, draw), 1 / degree)
     elif token[0] == "\\" and name in FUNCTIONS:
         bracket = tokens[-1] in CLOSING                                         # \sin(x)^3 is (\sin x)^3
-        value = FUNCTIONS[name](operand(tokens, draw) if bracket else expression(tokens, draw, 3))
+        value = operand(tokens, draw) if bracket else expression(tokens, draw, 3)
+        while not bracket and tokens and re.fullmatch(r"[A-Za-z]|\\pi", tokens[-1]):            # \sin 2x
+            value = value * operand(tokens, draw)
+        value = FUNCTIONS[name](value)
     elif token in CONSTANTS:
         value = CONSTANTS[token]
     elif name[:1].isalpha() and (token[0] == "\\" or not token[:3].isalpha() or len(token) < 3):
@@ -372,8 +373,7 @@ def compare(o):
     """Measures, and writes FILE.json and FILE.md -> the Markdown tables, and FILE.json."""
     problems, records, path = measure(o, grade)
     shown = {p["data"]: f"pass@{k}" if (k := min(o.pass_at or p["k"], o.samples)) > 1 else "accuracy" for p in problems}
-    rows = summary(records, shown, o.pass_at)
-    text = markdown(rows, shown)
+    text = markdown(rows := summary(records, shown, o.pass_at), shown)
     path.write_text(json.dumps({"rows": rows, "problems": records}, indent=1) + "\n")
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     if o.plot:

@@ -117,9 +117,10 @@ SAME = [  # (gold, prediction): equal, in both directions
     (r"\{1\pm\sqrt{5},-2\}", r"\{-2, 1-\sqrt{5}, 1+\sqrt{5}\}"),
     # choices, words, and what compares as text
     *[(r"\text{(C)}", choice) for choice in ("C", "(C)", r"\textbf{(C)}", "C.")],
-    ("A, C", "C, A"),
+    (r"k \geq 2", r"k\geq2"), (r"\sin 2x", r"\sin(2x)"), (r"x \in (0,1)\cup(2,3)", r"(0,1)\cup(2,3)"),
+    ("A, C", "C, A"), (r"\sum_n", r"\sum\limits_n"),
     *[(r"\text{even}", word) for word in ("Even.", r"\textbf{Even}", r"\mathrm{even}", r"\mbox{even}")],
-    ("east", r"\operatorname{east}"), ("east", r"\text {east}"), ("Cosine", "cosine"), ("Orange", "orange"), (r"\sum_n", r"\sum\limits_n"),
+    ("east", r"\operatorname{east}"), ("east", r"\text {east}"), ("Cosine", "cosine"), ("Orange", "orange"),
     (r"\text{June 20}", "june 20"), ("4210_{5}", "4210_5"), ("3:5", "3 : 5"),
     *[(huge, huge) for huge in ("9^{9^{9^9}}", "10^{10^{10}}", "2009!", "1e999999999")],
 ]
@@ -143,10 +144,11 @@ DIFFERENT = [  # (gold, prediction): near misses, in both directions
         sevenths eighth ninth tenth one two three four five seven eight nine ten cubed minus times over more less than
         base ab""".split()],
     *[("5", "5 " + words) for words in ("plus some", "feet and up", "feet or so", r"\text{ if odd}", "MILLION")],
-    *[("5", rf"5\mathrm{{{letter}}}") for letter in "eiknxyz"],
+    *[("5", rf"5\mathrm{{{letter}}}") for letter in "eknxyz"],
     *[(a + " cm", a + " km") for a in ("5, 6", "2x=5", "(1,2)", "3:4", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}")],
     ("5 men", r"5\text{ m}"), ("5 kilometers", r"5\text{ m}"), ("50% of x", "50 of x"),
-    *[("5 m", unit) for unit in ("5 km", "6 m", r"5\text{ m}^2")],
+    *[("5 m", unit) for unit in ("5 km", "6 m", r"5\text{ m}^2")], ("y=5 cm", "y=5 km"), ("5 hours", r"5\text{ s}"),
+    (r"5\text{ m/s}", r"5\text{ m}"), (r"5\text{ ms}", r"5\text{ m}"), (r"\sin 2x", r"x\sin 2"),
     ("5 minutes", "5 hours"),
     # percent
     *[("50%", near) for near in ("5", "0.05", "0.5%", "500")],
