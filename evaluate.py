@@ -122,7 +122,7 @@ def canonical(text, nesting=3):
             return "", unit, ("matrix", *(tuple(forms(r.split("&"))) for r in found[2].strip("\\ ").split(r"\\")))
         if found := NAMED.fullmatch(text):
             return plain(found[1]), unit, canonical(found[2], nesting - 1)[2]
-        if 1 < len(parts := split(text, COMMA)) <= 30:                   # 1, -2   (0,1) \cup (1,2)
+        if 1 < len(parts := split(text, COMMA)) <= 30:                          # 1, -2   (0,1) \cup (1,2)
             return unordered(parts)
         if (found := BRACKETED.fullmatch(text)) and 0 < len(parts := split(found[2], COMMA)) <= 30:
             if found[1] == r"\{":

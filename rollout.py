@@ -37,7 +37,7 @@ class Rollout:
     prompt_ids: torch.Tensor      # (N, P) right-padded
     prompt_lengths: torch.Tensor  # (N,)
     prompt_of: torch.Tensor       # (B,) which prompt a row continues
-    tokens: torch.Tensor          # (B, T) sampled ids; beyond a row's length: whatever the loop drew
+    tokens: torch.Tensor          # (B, T) sampled ids; beyond a row's length: of no meaning
     lengths: torch.Tensor         # (B,) tokens that count, the end token included
     logps: torch.Tensor           # (B, T) float32, log pi(y_t | C_t, S_t) as sampled
     ended: torch.Tensor           # (B,) True if the row drew an end token, False if it was truncated
