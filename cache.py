@@ -65,7 +65,7 @@ class SlidingCache:
                 buffers[layer] = torch.cat([x[rows], ring], dim=2)              # (B, KV, P + W, D)
 
     def keep(self, rows):
-        """Only these rows (b,) of the B go on, the others are finished: buffers (B, KV, P + W, D) -> (b, KV, P + W, D)"""
+        """Only these rows (b,) of the B go on, the others have ended: buffers (B, KV, P + W, D) -> (b, KV, P + W, D)"""
         self.prompt_lengths = self.prompt_lengths[rows]
         self.keys, self.values = ([x[rows] for x in buffers] for buffers in (self.keys, self.values))
 
