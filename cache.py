@@ -18,13 +18,19 @@ and `begin` would lower the positions by as much: RoPE knows differences only, s
 The same class serves decoding (no gradient: thoughts are written in place) and training (the buffers are replaced by
 ones with a graph, until `detach` cuts it between two segments).
 
+What never changes shape can be prepared once: at the end of the file, `Decoder` makes a decode step one function that
+can be compiled, and recorded on a GPU; `pack` lays weights out for a CPU.
+
 Left out: eviction by attention scores (H2O, PyramidKV, HeadKV), paging, quantised keys.
 
 Try it:  python rollout.py --model DIR --prompt "Tell me a story." --window 64 --show-evictions
 """
-import torch
+from functools import partial
 
-from model import UserError
+import torch
+import torch.nn.functional as F
+
+from model import Linear, UserError
 
 
 def eviction_size(window, evict_ratio):
@@ -53,7 +59,7 @@ class SlidingCache:
         self.prompt_lengths = prompt_lengths
         self.window, self.evict_size = window or max_thoughts, evict or max_thoughts
         assert self.window % self.evict_size == 0
-        self.P, self.n, self.oldest = None, 0, 0
+        self.P, self.n, self.oldest, self.whole = None, 0, 0, False             # whole: attention reads empty slots too
         self.keys, self.values = [None] * n_layers, [None] * n_layers
 
     def spread(self, rows):
@@ -63,10 +69,12 @@ class SlidingCache:
             for layer, x in enumerate(buffers):
                 ring = x.new_zeros(len(rows), x.shape[1], self.window, x.shape[3])
                 buffers[layer] = torch.cat([x[rows], ring], dim=2)              # (B, KV, P + W, D)
+        columns = torch.arange(self.P + self.window, device=rows.device)
+        self.seen = columns < self.prompt_lengths[:, None]                      # (B, P + W) what a new thought looks at
 
     def keep(self, rows):
         """Only these rows (b,) of the B go on, the others have ended: buffers (B, KV, P + W, D) -> (b, KV, P + W, D)"""
-        self.prompt_lengths = self.prompt_lengths[rows]
+        self.prompt_lengths, self.seen = self.prompt_lengths[rows], self.seen[rows]
         self.keys, self.values = ([x[rows] for x in buffers] for buffers in (self.keys, self.values))
 
     @property
@@ -85,33 +93,28 @@ class SlidingCache:
             columns = torch.arange(T, device=device)
             return columns[None], (columns <= columns[:, None])[None, None]     # causal; pads come after what is real
         assert self.n + T - self.oldest <= self.window, "evict first: the ring is full"
-        self.slot = self.P + self.n % self.window                               # where these T go: a run of slots
-        assert self.slot + T <= self.P + self.window, "a segment must not wrap around the ring"
-        first, self.n = self.n, self.n + T
-        self.used = self.P + min(self.n, self.window)
-        # The thought that a ring slot s holds is the latest one written there, n-1 - (n-1 - s) mod W; a query sees it
-        # if it has not been evicted and is not in the query's future.
-        slots = torch.arange(self.used - self.P, device=device)
-        holds = self.n - 1 - (self.n - 1 - slots) % self.window                 # (slots,)
-        queries = torch.arange(first, self.n, device=device)
-        thoughts = (holds >= self.oldest) & (holds <= queries[:, None])         # (T, slots)
-        prompt = torch.arange(self.P, device=device) < self.prompt_lengths[:, None]  # (B, P)
-        B = len(self.prompt_lengths)
-        mask = torch.cat([prompt[:, None].expand(B, T, -1), thoughts.expand(B, -1, -1)], dim=2)
-        return self.prompt_lengths[:, None] + queries, mask[:, None]            # (B, T), (B, 1, T, P + slots)
+        a = self.P + self.n % self.window                                       # where these T go: a run of slots
+        assert a + T <= self.P + self.window, "a segment must not wrap around the ring"
+        queries = torch.arange(self.n, self.n + T, device=device)
+        self.slots, self.n = torch.arange(a, a + T, device=device), self.n + T
+        self.used = self.P + (self.window if self.whole else min(self.n, self.window))
+        self.seen[:, a:a + T] = True
+        mask = self.seen[:, None, None, :self.used]                             # (B, 1, 1, slots)
+        if T > 1:
+            mask = mask.repeat(1, 1, T, 1)                                      # (B, 1, T, slots)
+            mask[..., a:a + T] = queries <= queries[:, None]                    # not what comes later
+        return self.prompt_lengths[:, None] + queries, mask                     # (B, T), (B, 1, T, slots)
 
     def write(self, layer, k, v):
         """Writes what `begin` made room for, k and v (B, KV, T, D); returns all slots in use, (B, KV, slots, D)."""
         if self.keys[layer] is None:                                            # the prompt
             self.keys[layer], self.values[layer] = k, v
             return k, v
-        a, b = self.slot, self.slot + k.shape[2]
         for buffers, new in ((self.keys, k), (self.values, v)):
             if torch.is_grad_enabled():                                         # a graph needs the old buffer unchanged
-                old = buffers[layer]
-                buffers[layer] = torch.cat([old[:, :, :a], new, old[:, :, b:]], dim=2)
+                buffers[layer] = buffers[layer].index_copy(2, self.slots, new)
             else:
-                buffers[layer][:, :, a:b] = new
+                buffers[layer].index_copy_(2, self.slots, new)
         return self.keys[layer][:, :, :self.used], self.values[layer][:, :, :self.used]
 
     def evict(self):
@@ -123,6 +126,7 @@ class SlidingCache:
         a = self.P + self.oldest % self.window
         b = a + self.evict_size
         self.oldest += self.evict_size
+        self.seen[:, a:b] = False
         # L tensors (B, KV, E, D) -> (L, B, KV, E, D) -> (L, B, E, KV, D) -> (L, B, E, KV*D)
         return tuple(torch.stack([x[:, :, a:b].detach() for x in buffers]).transpose(2, 3).flatten(3)
                      for buffers in (self.keys, self.values))
@@ -135,3 +139,96 @@ class SlidingCache:
     def megabytes(self):
         """Size of all buffers in MB (10^6 bytes)."""
         return sum(x.numel() * x.element_size() for x in self.keys + self.values) / 1e6
+
+
+# ------------------------------------------------------------------------------------ one decode step, prepared
+
+class Decoder:
+    """One decode step: `decoder(tokens (b,), S)` -> hidden (b, 1, C), with every key and value in its slot.
+
+    What changes from step to step (tokens, positions, slots, mask, states) are numbers in tensors whose shapes stay, so
+    the layers may be compiled: then they are one function that reads the whole ring, empty slots masked. On a GPU that
+    function is recorded once for each number of rows and replayed: the host launches one thing a token."""
+
+    def __init__(self, model, cache, compile=False):
+        self.model, self.cache, self.compile, self.graph = model, cache, compile, None
+        cache.whole = compile
+        self.layers = compiled_layers(model) if compile else model.layers
+        pack(model, len(cache.seen), compile)
+
+    def __call__(self, tokens, S):
+        positions, mask = self.cache.begin(1)
+        if not self.compile:
+            return self.layers(tokens[:, None], positions, mask, self.cache, S)
+        if S is not None and S.shape[1] == 1:                                   # one for all rows, before any eviction
+            S = S.expand(-1, len(tokens), -1, -1).contiguous()
+        inputs = [tokens[:, None], positions, mask, self.cache.slots] + [S] * (S is not None)
+        if not tokens.is_cuda:
+            return self.layers(*inputs[:3], self.cache, S)
+        if self.graph is None or len(self.inputs[0]) != len(tokens):
+            self.record([x.clone() for x in inputs])
+        for kept, new in zip(self.inputs, inputs):
+            kept.copy_(new)
+        self.graph.replay()
+        return self.hidden
+
+    def record(self, inputs):
+        """Records the layers on a GPU, reading `inputs`, which later steps overwrite. The trial runs that must come
+        before write the new thought to its slot, as the replay will once more."""
+        self.inputs, self.cache.slots = inputs, inputs[3]
+        arguments = [*inputs[:3], self.cache, inputs[4] if len(inputs) > 4 else None]
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                self.layers(*arguments)
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.hidden = self.layers(*arguments)
+
+
+def compiled_layers(model):
+    """model.layers, compiled once for each shape that it meets; kept with the model."""
+    if not hasattr(model, "compiled"):
+        options = {"cpp_wrapper": True} if model.embedding.weight.device.type == "cpu" else None
+        model.compiled = torch.compile(model.layers, fullgraph=True, dynamic=False, options=options)
+    return model.compiled
+
+
+def pack(model, rows, compile=False):
+    """On a CPU, gives every Linear a copy of its frozen weight as products with few rows (a decode step's) read it
+    fastest: column by column for one row, in oneDNN's blocks for more. The numbers are the same, the memory double."""
+    for linear in model.modules():
+        if isinstance(linear, Linear):
+            w, bias = linear.weight.detach(), linear.bias
+            packs = w.device.type == "cpu" and w.dtype == torch.float32 and rows <= (1 if compile else 64)
+            mark = packs and (rows == 1, w.data_ptr(), w._version)              # or it has been done before
+            if getattr(linear.few_rows, "mark", False) == mark:
+                continue
+            if not packs:
+                linear.few_rows = None
+            elif rows == 1:
+                linear.few_rows = partial(F.linear, weight=w.t().contiguous().t(), bias=bias)
+            else:
+                linear.few_rows = partial(blocked, w, torch.ops.mkldnn._reorder_linear_weight(w, rows), bias)
+            if packs:
+                linear.few_rows.mark = mark
+
+
+def blocked(weight, packed, bias, x):
+    """x (..., in) -> (..., out), by oneDNN; for one row it is slower than the plain product."""
+    if x.numel() == x.shape[-1]:
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def halved(size, least):
+    """size, halved (rounding up) as long as `least` still fits."""
+    return halved((size + 1) // 2, least) if 2 * least <= size else size
+
+
+def next_logits(model, hidden, n_ids):
+    """hidden (..., C) -> logits of the ids that exist, (..., n_ids), at least float32: rows of the embedding beyond
+    the tokenizer's ids are never sampled. The sampler and the scorer of grpo.py share it."""
+    return model.head(hidden)[..., :n_ids].to(torch.promote_types(hidden.dtype, torch.float32))

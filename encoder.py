@@ -46,21 +46,29 @@ UPDATES = ("paper", "sum")
 
 
 class AdaptedLinear(nn.Module):
-    """y = W x + alpha/R * A S B x for a frozen `base` linear. A and B stay float32 whatever the dtype of the base."""
+    """y = W x + alpha/R * A S B x for a frozen `base` linear. A and B stay float32 whatever the dtype of the base.
+
+    Where the base stacks several matrices, so do A (out, M) and B (parts * R, in): each has its own, one product does
+    for all B. `low` holds copies of A and B in the dtype of the base, for decoding (`ThoughtEncoder.lower`)."""
 
     def __init__(self, base, R, M, alpha):
         super().__init__()
-        self.base, self.scale = base, alpha / R
+        self.base, self.scale, self.low = base, alpha / R, None
         self.A = nn.Parameter(torch.zeros(base.out_features, M))
-        self.B = nn.Parameter(torch.randn(R, base.in_features) / base.in_features ** 0.5)
+        self.B = nn.Parameter(torch.randn(len(base.parts) * R, base.in_features) / base.in_features ** 0.5)
 
     def forward(self, x, S=None):
-        """x (B, T, in), S (B or 1, M, R) float32 or None (no adapter) -> (B, T, out)"""
+        """x (B, T, in), S (B or 1, M, R) or None (no adapter) -> (B, T, out)"""
         y = self.base(x)
         if S is None:
             return y
-        z = F.linear(x, self.B.to(x.dtype)) @ S.to(x.dtype).transpose(1, 2)     # (B, T, R) -> (B, T, M)
-        return y + F.linear(z, self.A.to(x.dtype)) * self.scale
+        use_low = self.low and not torch.is_grad_enabled()
+        A, B = self.low if use_low else (self.A.to(x.dtype), self.B.to(x.dtype))
+        parts, (rows, T, _) = self.base.parts, x.shape
+        z = F.linear(x, B).view(rows, T * len(parts), -1)                       # (B, T, parts*R) -> (B, T*parts, R)
+        z = (z @ S.to(x.dtype).transpose(1, 2)).view(rows, T, len(parts), -1)   # (B, T, parts, M)
+        z = [F.linear(z[:, :, i], a) for i, a in enumerate(A.split(parts))]     # (B, T, out of the part), each
+        return torch.add(y, torch.cat(z, dim=2) if len(z) > 1 else z[0], alpha=self.scale)
 
 
 class ThoughtEncoder(nn.Module):
@@ -118,6 +126,11 @@ class ThoughtEncoder(nn.Module):
         """Scales each of the M rows of a state (L, B, M, R) to norm 1; zero stays zero."""
         return F.normalize(S, dim=-1)
 
+    def lower(self, dtype):
+        """Copies every A and B once to the dtype that decoding computes in, instead of at every token."""
+        for linear in self.linears.values():
+            linear.low = linear.A.detach().to(dtype), linear.B.detach().to(dtype)
+
     def trainable(self):
         """The tensors to train and save, {name: parameter}: h_g, W_Q, W_K, W_V and every A and B."""
         return {name: p for name, p in self.named_parameters() if ".base." not in name}
@@ -141,6 +154,11 @@ def pick_device(name):
 def pick_dtype(name, device):
     """auto -> bfloat16 on a GPU, float32 on the CPU."""
     return DTYPES[name if name != "auto" else "bfloat16" if device == "cuda" else "float32"]
+
+
+def pick_compile(name, device):
+    """auto -> on a GPU only: on a CPU compiling takes half a minute and a C++ compiler. device: as for pick_device."""
+    return name == "on" or name == "auto" and pick_device(device) == "cuda"
 
 
 def model_folder(name):
@@ -367,3 +385,4 @@ class ModelOptions:
     seed: int = flag(0, "makes the draw repeatable", least=0)
     dtype: str = flag("auto", "of the weights; auto: bfloat16 on a GPU, else float32", ("auto", *DTYPES))
     device: str = flag("auto", "auto: cuda, mps or cpu", ("auto", "cuda", "mps", "cpu"))
+    compile: str = flag("auto", "one compiled function a token; auto: on a GPU only", ("auto", "on", "off"))

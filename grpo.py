@@ -23,14 +23,14 @@ clip at work. Left out: a value network, importance weights for a foreign sample
 
 Try it:  python train.py --inner-epochs 2
 """
+import os
 from collections import deque
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cache import SlidingCache
-from rollout import next_logits
+from cache import SlidingCache, next_logits
 
 
 def group_advantages(rewards, group_size, use_std=True, eps=1e-4):
@@ -59,9 +59,11 @@ def clipped_loss(logps, old_logps, advantages, clip_low=0.2, clip_high=0.28):
     return -torch.minimum(ratio * advantages, clipped * advantages), clipped * advantages < ratio * advantages
 
 
-def token_logps(model, hidden, tokens, n_ids, chunk=2048):
+def token_logps(model, hidden, tokens, n_ids, chunk=0):
     """log-probs (b, t) of tokens (b, t) given hidden states (b, t, C). Logits are the largest tensor of all (150k ids
-    in Qwen): they exist for one chunk of tokens at a time, and are computed again for the backward pass."""
+    in Qwen): they exist for one chunk of tokens at a time (0: of 256 MB), and again when the backward pass comes."""
+    chunk = chunk or max(1, (1 << 26) // n_ids)
+
     def score(h, y):
         return -F.cross_entropy(next_logits(model, h, n_ids), y, reduction="none")
     parts = zip(hidden.flatten(0, 1).split(chunk), tokens.flatten().split(chunk))
@@ -71,11 +73,11 @@ def token_logps(model, hidden, tokens, n_ids, chunk=2048):
 def replay(model, encoder, rollout, rows, truncate=0):
     """Replays rows (b,) of a rollout under the current weights, segment by segment.
 
-    A generator of (logps (b, t), slice of the tokens they belong to). Backpropagate each before asking for the next:
-    then the graph of one segment exists at a time. truncate: evictions the gradient reaches back, 0 for all of them.
-    """
+    A generator of (logps (b, t), slice of the tokens they belong to, the rows (b,) that they belong to: those with
+    tokens there). Backpropagate each before asking for the next: then the graph of one segment exists at a time.
+    truncate: evictions the gradient reaches back, 0 for all of them."""
     W, E = rollout.window, rollout.evict_size
-    T = int(rollout.lengths[rows].max())                                        # rows that ended earlier run along
+    T = int(rollout.lengths[rows].max())
     tokens = rollout.tokens[rows, :T]                                           # (b, T)
     prompts, prompt_of = rollout.prompt_of[rows].unique(return_inverse=True)    # each prompt once
     lengths = rollout.prompt_lengths[prompts]
@@ -101,11 +103,16 @@ def replay(model, encoder, rollout, rows, truncate=0):
             fed = model.hidden(tokens[:, first:stop], cache, S)                 # (b, stop - first, C)
             hidden = fed if first else torch.cat([hidden, fed], dim=1)          # (b, tokens of the span, C)
         span = slice(first + 1 if first else 0, stop + 1)
-        yield token_logps(model, hidden, tokens[:, span], rollout.n_ids), span
+        yield token_logps(model, hidden, tokens[:, span], rollout.n_ids), span, rows
         if stop == T - 1:
             return
         done = stop
         cache.detach()
+        on = (rollout.lengths[rows] > done + 1).nonzero()[:, 0]                 # (b,) the others have ended
+        if len(on) < len(rows):
+            rows, tokens, recent = rows[on], tokens[on], deque((K[:, on], V[:, on]) for K, V in recent)
+            U_0 = U_0 if U_0 is None or U_0.shape[1] == 1 else U_0[:, on]       # (L, b, M, R)
+            cache.keep(on)
         leaving = cache.evict()
         if encoder:
             recent.append(leaving)
@@ -135,13 +142,14 @@ def backward(model, encoder, rollout, advantages, rows, *, total, clip_low=0.2, 
     device = rollout.tokens.device
     sums = {name: torch.zeros((), device=device) for name in ("loss", "clipped", "kl", "gap")}
     reference = reference_logps(model, rollout, rows) if kl_coef else None
-    for logps, span in replay(model, encoder, rollout, rows, truncate):
+    everything = rows
+    for logps, span, rows in replay(model, encoder, rollout, everything, truncate):
         columns = torch.arange(span.start, span.stop, device=device)
         mask = columns < rollout.lengths[rows, None]                            # (b, t): the end token counts, no more
         old = rollout.logps[rows, span]
         loss, clipped = clipped_loss(logps, old, advantages[rows, None], clip_low, clip_high)
         if kl_coef:
-            d = reference[:, span] - logps                                      # k3: exp(d) - d - 1 >= 0
+            d = reference[torch.isin(everything, rows)][:, span] - logps        # k3: exp(d) - d - 1 >= 0
             kl = d.exp() - d - 1
             loss = loss + kl_coef * kl
             sums["kl"] += (kl * mask).sum().detach()
@@ -153,11 +161,37 @@ def backward(model, encoder, rollout, advantages, rows, *, total, clip_low=0.2, 
     return {name: value.item() for name, value in sums.items()}
 
 
-def micro_batches(rollout, advantages, micro_batch, everything=False):
-    """Splits the rows that have something to say into lists of at most micro_batch rows, of like length.
+def micro_batches(rollout, advantages, most, everything=False):
+    """Splits the rows that have something to say into lists of rows of like length, the longest first, so that one
+    segment of a replay holds at most `most` thoughts (but at least one row).
 
     A row of advantage 0 (its group has no spread) adds nothing to the gradient and is left out, unless `everything`
-    (a KL term speaks for every row); if no row is left the first batch is kept, so that logp_gap is always measured."""
+    (a KL term speaks for every row); if no row is left the longest is kept, so that logp_gap is always measured."""
     order = rollout.lengths.argsort(descending=True, stable=True)
     rows = order if everything else order[advantages[order] != 0]
-    return list((rows if len(rows) else order[:micro_batch]).split(micro_batch))
+    rows, batches = rows if len(rows) else order[:1], []
+    while len(rows):
+        thoughts = min(int(rollout.lengths[rows[0]]), rollout.window or rollout.tokens.shape[1])  # of its first segment
+        batches.append(rows[:max(1, most // thoughts)])
+        rows = rows[len(batches[-1]):]
+    return batches
+
+
+def largest_micro_batch(model, encoder, rollout, truncate=0):
+    """The most thoughts that one segment may hold, so that what autograd keeps for it fills half of the memory that is
+    free on a GPU, or that a computer has. Measured: the longest row is replayed, and what it keeps is counted."""
+    weights, kept, most = {p.data_ptr() for p in model.parameters()}, {}, 0
+
+    def count(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() * (x.data_ptr() not in weights)
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        for _, span, _ in replay(model, encoder, rollout, rollout.lengths.argmax()[None], truncate):
+            most = max(most, sum(kept.values()) / (span.stop - span.start))
+            kept.clear()
+    if rollout.tokens.is_cuda:
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, int(free / 2 / most))

@@ -6,9 +6,10 @@ them is read from config.json. One block, for hidden states x (B, T, C):
     h = x + Wo Attention(rope(Wq n), rope(Wk n), Wv n),   n = RMSNorm(x)
     y = h + W2 (silu(W1 m) * W3 m),                       m = RMSNorm(h)
 
-The model knows nothing of windows or adapters: it takes a `cache` (cache.py), which says where tokens stand and what
-they see, and thought states `S` (encoder.py), which it hands to every linear layer. Below it: weights (safetensors) and
-text (tokenizer.json, through tiktoken). Left out: dropout, experts, rope scaling and tokenizers of other families.
+Matrices that share their input are one, stacked: `wqkv` and `w13`. The model knows nothing of windows or adapters: it
+takes a `cache` (cache.py), which says where tokens stand and what they see, and thought states `S` (encoder.py), which
+it hands to every linear layer. Below it: weights (safetensors) and text (tokenizer.json, through tiktoken). Left out:
+dropout, experts, rope scaling and tokenizers of other families.
 
 Try it:  python rollout.py --model DIR --prompt "What is the capital of France?" --temperature 0
 """
@@ -77,57 +78,57 @@ def rope_frequencies(config):
 
 
 def rotate(x, rope):
-    """RoPE: turns the pairs (x_i, x_{i+D/2}) of x (B, heads, T, D) by the angles whose (cos, sin), each (B or 1, 1, T,
-    D/2), are given. In float32 (or wider) whatever x is: bfloat16 would blur far angles."""
-    cos, sin = rope
-    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    """RoPE: turns the pairs (x_i, x_{i+D/2}) of x (B, T, heads, D) by the angles whose (cos, cos) and (-sin, sin), each
+    (B or 1, T, 1, D), are given. In float32 (or wider) whatever x is: bfloat16 would blur far angles."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.addcmul(wide * rope[0], wide.roll(x.shape[-1] // 2, dims=-1), rope[1]).to(x.dtype)
 
 
 class Linear(nn.Linear):
-    """y = W x + b. The thought state S is taken and ignored; encoder.AdaptedLinear, put in its place, reads it."""
+    """y = W x + b, for one matrix or several stacked ones of `parts` rows each. The thought state S is taken and
+    ignored; encoder.AdaptedLinear, put in its place, reads it."""
+    def __init__(self, dim, *parts, bias=False):
+        super().__init__(dim, sum(parts), bias)
+        self.parts, self.few_rows = parts, None                                 # few_rows: cache.pack sets it
+
     def reset_parameters(self):  # "meta" has no numbers to draw; PyTorch would import 77 MB of code to find that out
         if not self.weight.is_meta:
             super().reset_parameters()
 
     def forward(self, x, S=None):
-        return F.linear(x, self.weight, self.bias)
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension, computed in float32."""
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
-
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        few = self.few_rows and x.numel() <= 64 * self.in_features and not torch.is_grad_enabled()
+        return self.few_rows(x) if few else F.linear(x, self.weight, self.bias)
 
 
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         q_dim, kv_dim, self.head_dim = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.head_dim
-        self.attention_norm, self.ffn_norm = RMSNorm(c.dim, c.rms_eps), RMSNorm(c.dim, c.rms_eps)
-        self.wq, self.wo = Linear(c.dim, q_dim, bias=c.qkv_bias), Linear(q_dim, c.dim, bias=c.out_bias)
-        self.wk, self.wv = (Linear(c.dim, kv_dim, bias=c.qkv_bias) for _ in range(2))
-        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.rms_eps) if c.qk_norm else nn.Identity() for _ in range(2))
-        self.w1, self.w3 = (Linear(c.dim, c.ffn_dim, bias=False) for _ in range(2))
-        self.w2 = Linear(c.ffn_dim, c.dim, bias=False)
+        self.attention_norm, self.ffn_norm = nn.RMSNorm(c.dim, eps=c.rms_eps), nn.RMSNorm(c.dim, eps=c.rms_eps)
+        self.wqkv = Linear(c.dim, q_dim, kv_dim, kv_dim, bias=c.qkv_bias)
+        self.wo = Linear(q_dim, c.dim, bias=c.out_bias)
+        norm = nn.RMSNorm if c.qk_norm else nn.Identity                         # Identity takes any arguments
+        self.q_norm, self.k_norm = norm(c.head_dim, eps=c.rms_eps), norm(c.head_dim, eps=c.rms_eps)
+        self.w13, self.w2 = Linear(c.dim, c.ffn_dim, c.ffn_dim), Linear(c.ffn_dim, c.dim)
+        self.heads = c.n_heads, c.n_kv_heads, c.n_kv_heads
 
     def forward(self, x, rope, mask, cache, layer, S):
-        """x (B, T, C) -> (B, T, C). mask (B or 1, 1, T, slots) goes with a cache; without one, attention is causal."""
+        """x (B, T, C) -> (B, T, C). mask (B or 1, 1, G*T, slots) goes with a cache; without, attention is causal."""
         x = x + self.attention(self.attention_norm(x), rope, mask, cache, layer, S)
-        m = self.ffn_norm(x)
-        return x + self.w2(F.silu(self.w1(m, S)) * self.w3(m, S), S)
+        gate, up = self.w13(self.ffn_norm(x), S).chunk(2, dim=-1)
+        return x + self.w2(F.silu(gate) * up, S)
 
     def attention(self, n, rope, mask, cache, layer, S):
         B, T, _ = n.shape
-        q, k, v = (w(n, S).view(B, T, -1, self.head_dim).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
-        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)       # (B, H, T, D), (B, KV, T, D)
-        if cache is not None:
+        q, k, v = self.wqkv(n, S).view(B, T, -1, self.head_dim).split(self.heads, dim=2)
+        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))                        # (B, H, T, D), twice (B, KV, T, D)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:  # the G heads that share keys are further rows of one product: no key is copied for its heads
             k, v = cache.write(layer, k, v)                                     # (B, KV, slots, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None, enable_gqa=True)
+            q = q.reshape(B, k.shape[1], -1, self.head_dim)                     # (B, H, T, D) -> (B, KV, G*T, D)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, -1, T, self.head_dim)
         return self.wo(y.transpose(1, 2).reshape(B, T, -1), S)                  # (B, H, T, D) -> (B, T, C)
 
 
@@ -137,10 +138,10 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.dim), freeze=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = RMSNorm(config.dim, config.rms_eps)
+        self.norm = nn.RMSNorm(config.dim, eps=config.rms_eps)
         self.head = Linear(config.dim, config.vocab_size, bias=False)
         self.head.weight = self.embedding.weight if config.tied else self.head.weight
-        self.frequencies = rope_frequencies(config)                             # (D/2,)
+        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)  # (D/2,)
 
     def hidden(self, ids, cache=None, S=None):
         """ids (B, T) -> the last hidden states, normed, (B, T, C).
@@ -149,9 +150,19 @@ class Transformer(nn.Module):
         it says where they stand and what they see. S: thought states (L, B or 1, M, R), or None for no adapter."""
         T = ids.shape[1]
         positions, mask = (torch.arange(T, device=ids.device)[None], None) if cache is None else cache.begin(T)
-        angles = positions[:, None, :, None] * self.frequencies.to(ids.device)  # (B or 1, 1, T, D/2)
-        rope = angles.cos(), angles.sin()
+        return self.layers(ids, positions, mask, cache, S)
+
+    def layers(self, ids, positions, mask, cache, S):
+        """`hidden` of ids (B, T) at positions (B or 1, T), given what they see, mask (..., T, slots), True where a
+        query may look, or None for all. Nothing here depends on numbers that only the device knows."""
+        angles = positions[:, :, None, None] * self.frequencies                 # (B or 1, T, 1, D/2)
+        cos, sin = angles.cos(), angles.sin()                                   # once a token, for all layers
+        rope = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)    # (B or 1, T, 1, D)
         x = self.embedding(ids)                                                 # (B, T, C)
+        if mask is not None:                                                    # 0 or -inf, to be added to the scores
+            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)
+            if ids.shape[1] > 1:
+                mask = torch.cat([mask] * (self.config.n_heads // self.config.n_kv_heads), dim=-2)  # (..., G*T, slots)
         for layer, block in enumerate(self.blocks):
             x = block(x, rope, mask, cache, layer, None if S is None else S[layer])
         return self.norm(x)
@@ -162,35 +173,42 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_folder(cls, path, dtype=torch.bfloat16, device="cpu"):
-        """Reads a Hugging Face folder; the weights are frozen, and on the CPU, in the dtype of the file, views of it.
-        Raises UserError for anything missing, damaged, unexpected or of the wrong shape."""
+        """Reads a folder; all weights are frozen. UserError for what is missing, damaged or of the wrong shape."""
         files = Path(path, "config.json"), Path(path, "generation_config.json")
-        with _reading(files[0]), torch.device("meta"):                          # shapes without numbers
+        with reading(files[0]), torch.device("meta"):                          # shapes without numbers
             model = cls(ModelConfig(*(read_json(file) for file in files if file == files[0] or file.exists())))
-        wanted = {hugging_face_name(name): parameter.shape for name, parameter in model.named_parameters()}
-        found = read_folder(path)
+        wanted, found = {name: tensor.shape for name, tensor in model.tensors().items()}, read_folder(path)
         found.pop("lm_head.weight" if model.config.tied else None, None)        # some folders hold a second copy
         for name in sorted(wanted.keys() | found.keys()):
             there = tuple(found[name].shape) if name in found else "missing"
             if there != (promised := tuple(wanted[name]) if name in wanted else "unexpected"):
                 raise UserError(f"{path}: tensor {name} is {there}, in config.json {promised}; download both again")
-        weights = {name: found.pop(hugging_face_name(name)).to(device, dtype) for name, _ in model.named_parameters()}
+        weights = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}
         model.load_state_dict(weights, strict=False, assign=True)               # not strict: a tied head has no file
         model.head.weight = model.embedding.weight if model.config.tied else model.head.weight
-        return model.requires_grad_(False)
+        model.requires_grad_(False).frequencies = model.frequencies.to(device)
+        for name, tensor in model.tensors().items():
+            tensor.copy_(found.pop(name))                                       # a shard is let go with its last tensor
+        return model
+
+    def tensors(self):
+        """The weights under their names in a Hugging Face folder: {"model.layers.3.self_attn.k_proj.weight": tensor},
+        views of the parameters, of wqkv and w13 one for each of their parts."""
+        found = {}
+        for name, parameter in self.named_parameters():
+            *path, kind = name.split(".")
+            names = HUGGING_FACE_NAMES.get(path[-1], path[-1]).split()
+            sizes = self.get_submodule(".".join(path)).parts if len(names) > 1 else [len(parameter)]
+            start = ".".join(["model.layers", *path[1:-1], ""] if path[0] == "blocks" else [])
+            found |= {f"{start}{n}.{kind}": part for n, part in zip(names, parameter.detach().split(sizes))}
+        return found
 
 
 HUGGING_FACE_NAMES = {
-    "embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head", "blocks": "model.layers",
+    "embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
     "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm",
-    "wq": "self_attn.q_proj", "wk": "self_attn.k_proj", "wv": "self_attn.v_proj", "wo": "self_attn.o_proj",
-    "w1": "mlp.gate_proj", "w3": "mlp.up_proj", "w2": "mlp.down_proj"}
-
-
-def hugging_face_name(name):
-    """blocks.3.wq.weight -> model.layers.3.self_attn.q_proj.weight"""
-    return ".".join(HUGGING_FACE_NAMES.get(part, part) for part in name.split("."))
+    "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm", "wo": "self_attn.o_proj", "w2": "mlp.down_proj",
+    "wqkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "w13": "mlp.gate_proj mlp.up_proj"}
 
 
 # ---- a Hugging Face folder's files: JSON, and the safetensors format written out -------------------------------------
@@ -200,7 +218,7 @@ FILE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
 
 
 @contextlib.contextmanager
-def _reading(what, cure="check the path, download it again, or use another model"):
+def reading(what, cure="check the path, download it again, or use another model"):
     """Whatever a missing, cut short or hostile file leads to becomes a UserError that names it."""
     try:
         yield
@@ -211,7 +229,7 @@ def _reading(what, cure="check the path, download it again, or use another model
 
 def read_json(path):
     """The JSON object in a file, as a dict. Raises UserError if the file is missing or holds anything else."""
-    with _reading(path):
+    with reading(path):
         if not isinstance(value := json.loads(Path(path).read_bytes()), dict):
             raise ValueError("not a JSON object")
         return value
@@ -220,7 +238,7 @@ def read_json(path):
 def read_safetensors(path):
     """{name: tensor} of one .safetensors file, views of the mapped file: pages come into memory when touched, and
     writing never reaches the file. Raises UserError if it is missing, cut short or malformed."""
-    with _reading(path):
+    with reading(path):
         with open(path, "rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         start = 8 + int.from_bytes(data[:8], "little")  # where the tensors' bytes begin
@@ -234,7 +252,7 @@ def read_safetensors(path):
             raise ValueError(f"cut short or overlong: it has {len(data)} bytes, its header promises {promised}")
         tensors, end = {}, 0
         for name, entry in header:
-            with _reading(f"{path}: tensor {name!r:.99}"):
+            with reading(f"{path}: tensor {name!r:.99}"):
                 kind, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
                 if kind not in FILE_DTYPES:
                     raise ValueError(f"dtype {kind!r:.20} is not one of {', '.join(FILE_DTYPES)}")
@@ -248,29 +266,12 @@ def read_safetensors(path):
         return tensors
 
 
-def write_safetensors(path, tensors):
-    """Writes {name: tensor}; `path` changes only once all is written. Raises UserError."""
-    header, end, kinds = {"__metadata__": {"format": "pt"}}, 0, {dtype: kind for kind, dtype in FILE_DTYPES.items()}
-    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # wide dtypes first: all are aligned
-    for name in order:
-        first, end = end, end + tensors[name].nbytes
-        header[name] = dict(dtype=kinds[tensors[name].dtype], shape=[*tensors[name].shape], data_offsets=[first, end])
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with _reading(path, "make room, or pick another folder"):
-        with open(f"{path}.tmp", "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in order:  # as bytes, for numpy has no bfloat16
-                file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        Path(f"{path}.tmp").replace(path)
-
-
 def read_folder(folder):
     """{name: tensor} of a model folder, one file or sharded. Raises UserError if any part is missing or broken."""
     single, index, shards = Path(folder, "model.safetensors"), Path(folder, "model.safetensors.index.json"), {}
     if single.exists():
         return read_safetensors(single)
-    with _reading(folder):
+    with reading(folder):
         if not index.exists():
             raise ValueError(f"neither {single.name} nor {index.name} is there (pytorch_model.bin is not read)"
                              if Path(folder).is_dir() else "no such folder")
@@ -311,7 +312,7 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, folder):
         """Reads tokenizer.json and, if there, tokenizer_config.json and chat_template.jinja. Raises UserError."""
-        with _reading(Path(folder, "tokenizer.json")):
+        with reading(Path(folder, "tokenizer.json")):
             return cls(Path(folder))
 
     def __init__(self, folder):

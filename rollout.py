@@ -4,9 +4,8 @@
 
 Each prompt goes through the model once and is shared by its group of G rollouts; then all rows advance together, one
 token a step. Before the ring would overflow, the oldest thoughts leave the cache and enter the thought state. A row
-ends with the first end token it draws, which counts as one of its tokens; what the loop computes for it afterwards is
-masked by length, never by comparing ids, and it leaves the batch once half of the rows have ended. The log-prob of each
-token drawn is stored: it is the old policy of GRPO.
+ends with the first end token it draws, which counts as one of its tokens; what is computed for it afterwards is masked
+by length, never by comparing ids, until the batch is halved. The log-prob of each token is stored: GRPO's old policy.
 
 Left out: speculative decoding, paged caches, serving.
 
@@ -25,9 +24,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from cache import SlidingCache, eviction_size
-from encoder import (ModelOptions, arms, command_line, first_line, flag, load, resume, run_config, run_script,
-                     window_of)
+from cache import Decoder, SlidingCache, eviction_size, halved, next_logits
+from encoder import (ModelOptions, arms, command_line, first_line, flag, load, pick_compile, resume, run_config,
+                     run_script, window_of)
 from model import UserError
 
 
@@ -59,19 +58,13 @@ class Rollout:
         return (over + self.evict_size - 1).div(self.evict_size, rounding_mode="floor").clamp(min=0)
 
 
-def next_logits(model, hidden, n_ids):
-    """hidden (..., C) -> logits of the ids that exist, (..., n_ids), at least float32: rows of the embedding beyond
-    the tokenizer's ids are never sampled. The sampler and the scorer of grpo.py share it."""
-    return model.head(hidden)[..., :n_ids].to(torch.promote_types(hidden.dtype, torch.float32))
-
-
 def sample(logits, temperature, top_k, top_p, generator):
     """Draws one id a row from logits (B, n_ids). Temperature 0 takes the largest; top_k 0 and top_p 1 cut nothing.
 
     Returns ids (B,) and their log-probs (B,) in the distribution that was sampled from."""
     if temperature == 0:
-        ids = logits.argmax(dim=-1)
-        return ids, torch.log_softmax(logits, dim=-1).gather(1, ids[:, None])[:, 0]
+        largest, ids = logits.max(dim=-1)
+        return ids, largest - logits.logsumexp(dim=-1)
     logps = torch.log_softmax(logits / temperature, dim=-1)
     if top_k or top_p < 1:
         ordered, order = logps.sort(dim=-1, descending=True)
@@ -79,10 +72,11 @@ def sample(logits, temperature, top_k, top_p, generator):
         cut = (before >= top_p) | (torch.arange(logps.shape[-1], device=logps.device) >= (top_k or logps.shape[-1]))
         cut[:, 0] = False                                                       # the likeliest always stays
         logps = torch.log_softmax(logps.masked_fill(cut.scatter(1, order, cut), -torch.inf), dim=-1)
-    # A race: with Exp(1) noise, argmax of p / noise falls on each id with probability p (the Gumbel trick, unlogged).
-    noise = torch.empty_like(logps).exponential_(generator=generator)
-    ids = (logps.exp() / noise).argmax(dim=-1)
-    return ids, logps.gather(1, ids[:, None])[:, 0]
+    # The first id at which the summed mass reaches u, uniform in (0, mass]: one draw a row, not one for every id.
+    mass = logps.exp().cumsum(dim=-1)                                           # (B, n_ids)
+    u = (1 - torch.rand(len(mass), 1, dtype=mass.dtype, device=mass.device, generator=generator)) * mass[:, -1:]
+    ids = torch.searchsorted(mass, u)                                           # (B, 1)
+    return ids[:, 0], logps.gather(1, ids)[:, 0]
 
 
 def check_prompts(model, prompts, max_new_tokens):
@@ -97,11 +91,12 @@ def check_prompts(model, prompts, max_new_tokens):
 
 @torch.no_grad()
 def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0, evict_ratio=0.25, n_ids=None,
-             temperature=1.0, top_k=0, top_p=1.0, seed=0, progress="", on_token=None):
+             temperature=1.0, top_k=0, top_p=1.0, seed=0, compile=False, progress="", on_token=None):
     """Samples group_size completions of every prompt under the cache-constrained policy.
 
     prompts: lists of ids. encoder: a ThoughtEncoder attached to the model, or None for the model as it is. seed makes
-    the draw repeatable on one device. progress: title of a tqdm bar. on_token(ids (B,), evicted) sees every step.
+    the draw repeatable on one device. compile: see cache.Decoder. progress: title of a tqdm bar. on_token(ids (b,),
+    evicted) sees every step.
     Returns a Rollout. Raises UserError if a prompt and its thoughts do not fit the model's positions."""
     device = model.embedding.weight.device
     prompt_lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -126,16 +121,20 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
     lengths = torch.full((B,), max_new_tokens, device=device)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     alive = torch.arange(B, device=device)                                      # (b,) the rows still in the batch
+    decoder = Decoder(model, cache, compile)
+    if encoder:
+        encoder.lower(model.embedding.weight.dtype)
+    look = 16 if device.type == "cuda" and not on_token else 1                  # on a GPU, looking means waiting
     for t in tqdm(range(max_new_tokens), desc=progress, disable=not progress, leave=False):
         drawn, logp = sample(next_logits(model, hidden, n_ids), temperature, top_k, top_p, generator)
         tokens[alive, t], logps[alive, t] = drawn, logp
         ends = torch.isin(drawn, eos) & ~ended[alive]
         lengths[alive] = torch.where(ends, t + 1, lengths[alive])
         ended[alive] |= ends
-        left = B - int(ended.sum())
+        left = B - int(ended.sum()) if t % look == 0 else len(alive)
         done = t + 1 == max_new_tokens or left == 0
-        if not done and 2 * left <= len(alive):                                 # finished rows leave the batch
-            on = (~ended[alive]).nonzero()[:, 0]
+        if not done and 2 * left <= len(alive):                                 # finished rows leave the batch; halves
+            on = ended[alive].int().argsort(stable=True)[:halved(len(alive), left)]  # of it: few sizes to compile for
             alive, drawn = alive[on], drawn[on]
             cache.keep(on)
             if encoder and U.shape[1] > 1:                                      # (L, b, M, R); one for all till then
@@ -150,7 +149,7 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
             on_token(drawn, evicted)
         if done:
             break
-        hidden = model.hidden(drawn[:, None], cache, S)[:, 0]                   # (b, 1, C) -> (b, C)
+        hidden = decoder(drawn, S)[:, 0]                                        # (b, 1, C) -> (b, C)
     return Rollout(prompt_ids, prompt_lengths, rows, tokens[:, :t + 1], lengths, logps[:, :t + 1], ended, window, E,
                    n_ids, megabytes)
 
@@ -284,7 +283,7 @@ def batch_of(samples, batch):
 
 
 def solve(model, encoder, tokenizer, problems, *, window, evict_ratio, max_new_tokens, temperature=0.0, samples=1,
-          batch=32, seed=0, skip=0, progress=""):
+          batch=32, seed=0, skip=0, compile=False, progress=""):
     """Lets a model write solutions under a window (0: full cache); encoder None: without adapter.
 
     A generator of (index of the problem, its solutions, MB of cache a row, MB of memory), longest problem first, so
@@ -307,7 +306,7 @@ def solve(model, encoder, tokenizer, problems, *, window, evict_ratio, max_new_t
                 group = min(batch, samples - first)
                 rollout = generate(model, encoder, [prompts[i] for i in chosen], group, max_new_tokens=max_new_tokens,
                                    window=window, evict_ratio=evict_ratio, n_ids=tokenizer.n_ids,
-                                   temperature=temperature, seed=seed + start * samples + first)
+                                   temperature=temperature, seed=seed + start * samples + first, compile=compile)
                 rows = zip(rollout.completions(), rollout.evictions().tolist(), rollout.ended.tolist())
                 for row, (ids, evictions, ended) in enumerate(rows):
                     response = tokenizer.decode([t for t in ids if t not in model.config.eos_ids])
@@ -333,7 +332,7 @@ def measure(o, grade):
     jobs = [(*model, window) for model in models for window in o.window]
     for _, _, run, _, window in jobs:                                           # before anything is done
         window_of(window, o.evict_ratio, run_config(run) if run else {})
-    settings = {k: v for k, v in asdict(o).items() if k not in ("json", "plot", "pass_at", "data_dir")} | {
+    settings = {k: v for k, v in asdict(o).items() if k not in ("json", "plot", "pass_at", "data_dir", "compile")} | {
         "problems": hashlib.sha256(json.dumps(problems).encode()).hexdigest(), "models": [m[-1] for m in models]}
     path, records = resume(o.json, settings, n, unit)
     for job, (arm, folder, run, _, window) in enumerate(jobs):
@@ -344,7 +343,7 @@ def measure(o, grade):
         for i, solutions, cache, memory in solve(
                 model, encoder, tokenizer, problems, window=W, evict_ratio=evict_ratio, batch=o.batch, skip=done,
                 max_new_tokens=o.max_new_tokens, temperature=o.temperature, samples=o.samples, seed=o.seed,
-                progress=f"{arm}, window {W or 'full'}"):
+                compile=pick_compile(o.compile, o.device), progress=f"{arm}, window {W or 'full'}"):
             for solution in solutions:
                 solution["prediction"], solution["correct"] = grade(problems[i], solution["response"])
             records.append({"arm": arm, "model": run or folder, "window": W, "cache_mb": cache, "memory_mb": memory,
@@ -390,7 +389,7 @@ def main():
 
     rollout = generate(model, encoder, [ids], max_new_tokens=o.max_new_tokens, window=window,
                        evict_ratio=evict_ratio, n_ids=tokenizer.n_ids, temperature=o.temperature, top_k=o.top_k,
-                       top_p=o.top_p, seed=o.seed, on_token=stream)
+                       top_p=o.top_p, seed=o.seed, compile=pick_compile(o.compile, o.device), on_token=stream)
     print(decoder.decode(b"", final=True), flush=True)
     print(f"{count} tokens, {count / (time.time() - start):.1f} tokens/s, {int(rollout.evictions()[0])} evictions, "
           f"cache {rollout.cache_megabytes:.1f} MB", file=sys.stderr)

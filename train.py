@@ -33,15 +33,15 @@ from cache import eviction_size
 from encoder import (DTYPES, KINDS, UPDATES, attach, command_line, fingerprint, flag, model_folder, pick_device,
                      pick_dtype, run_script)
 from evaluate import Options, compare, grade
-from grpo import backward, group_advantages, micro_batches, overlong_penalty
-from model import ModelConfig, Tokenizer, Transformer, UserError, hugging_face_name, read_folder, write_safetensors
+from grpo import backward, group_advantages, largest_micro_batch, micro_batches, overlong_penalty
+from model import FILE_DTYPES, ModelConfig, Tokenizer, Transformer, UserError, read_folder, reading
 from rollout import ask, check_prompts, generate, load_problems
 
 PRESETS = {  # what differs from the defaults of Config
     "tiny": {},
-    "24gb": dict(rank=32, global_tokens=32, window=256, max_new_tokens=1024, prompts=8, group_size=8, micro_batch=2,
+    "24gb": dict(rank=32, global_tokens=32, window=256, max_new_tokens=1024, prompts=8, group_size=8, micro_batch=0,
                  steps=200, lr=1e-5),
-    "80gb": dict(rank=32, global_tokens=32, window=1024, max_new_tokens=3072, prompts=32, group_size=8, micro_batch=8,
+    "80gb": dict(rank=32, global_tokens=32, window=1024, max_new_tokens=3072, prompts=32, group_size=8, micro_batch=0,
                  steps=200, lr=1e-5),
 }
 
@@ -68,7 +68,8 @@ class Config:
     lr: float = flag(1e-3, "peak learning rate of AdamW", least=0)
     warmup: int = flag(10, "steps of rising learning rate; then it falls along a line to 10 %% of the peak", least=0)
     max_grad_norm: float = flag(1.0, "longer gradients are scaled down to this norm", least=0)
-    micro_batch: int = flag(256, "rows that are replayed at once; changes memory, not the result", least=1)
+    micro_batch: int = flag(4096, "thoughts that are replayed at once, 0: as many as fit; changes memory, not results",
+                            least=0)
     inner_epochs: int = flag(1, "updates per rollout; above 1 the clip acts", least=1)
     clip_low: float = flag(0.2, "the ratio is clipped below 1 - this", least=0)
     clip_high: float = flag(0.28, "and above 1 + this", least=0)
@@ -153,7 +154,7 @@ def build_base(folder, steps, seed, device):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
-    write_safetensors(folder / "model.safetensors", {hugging_face_name(n): p for n, p in model.named_parameters()})
+    write_safetensors(folder / "model.safetensors", model.tensors())
     (folder / "config.json").write_text(json.dumps(TINY, indent=1))
 
 
@@ -168,6 +169,23 @@ def write_tiny_tokenizer(folder):
         "version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": byte_level,
         "post_processor": None, "decoder": byte_level,
         "model": {"type": "BPE", "vocab": {c: i for i, c in enumerate("0123456789,=;")}, "merges": []}}, indent=1))
+
+
+def write_safetensors(path, tensors):
+    """Writes {name: tensor}; `path` changes only once all is written. Raises UserError."""
+    header, end, kinds = {"__metadata__": {"format": "pt"}}, 0, {dtype: kind for kind, dtype in FILE_DTYPES.items()}
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # wide dtypes first: all are aligned
+    for name in order:
+        first, end = end, end + tensors[name].nbytes
+        header[name] = dict(dtype=kinds[tensors[name].dtype], shape=[*tensors[name].shape], data_offsets=[first, end])
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with reading(path, "make room, or pick another folder"):
+        with open(f"{path}.tmp", "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in order:  # as bytes, for numpy has no bfloat16
+                file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        Path(f"{path}.tmp").replace(path)
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -192,7 +210,7 @@ def batches(c, problems):
 
 
 def peak_memory_mb(device):
-    """The most memory that was in use, in MB (10^6 bytes): of the GPU, or of this process on the CPU."""
+    """The most memory that was in use, in MB (10^6 bytes): of the GPU in this step; on a CPU, of this process so far."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
@@ -201,6 +219,8 @@ def peak_memory_mb(device):
 def train_step(c, step, model, encoder, tokenizer, optimizer, problems):
     """One step of GRPO: roll out, reward, replay, update. Returns the line for metrics.jsonl, and sample records."""
     start, device = time.time(), model.embedding.weight.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     prompts = [ask(tokenizer, p["problem"]) for p in problems]
     rollout = generate(model, encoder, prompts, c.group_size, max_new_tokens=c.max_new_tokens, window=c.window,
                        evict_ratio=c.evict_ratio, n_ids=tokenizer.n_ids, seed=c.seed * 1_000_003 + step,
@@ -215,6 +235,9 @@ def train_step(c, step, model, encoder, tokenizer, optimizer, problems):
     counted = rollout.lengths[advantages != 0] if c.loss == "dapo" else rollout.lengths
     total = len(texts) * c.max_new_tokens if c.loss == "dr_grpo" else max(int(counted.sum()), 1)
 
+    if not c.micro_batch:
+        c.micro_batch = largest_micro_batch(model, encoder, rollout, c.truncate_memory)
+        print(f"--micro-batch {c.micro_batch} is the largest that fits", file=sys.stderr)
     batches_of_rows = micro_batches(rollout, advantages, c.micro_batch, everything=c.kl_coef > 0)
     tokens = sum(int(rollout.lengths[rows].sum()) for rows in batches_of_rows)
     gap = 0.0

@@ -23,7 +23,8 @@ import rollout
 from conftest import call, lines
 from encoder import arms
 from evaluate import interval, scores
-from model import read_safetensors, write_safetensors
+from model import read_safetensors
+from train import write_safetensors
 from test_evaluate import arguments, coin, data, refusal, solved, variant
 
 

@@ -102,23 +102,25 @@ def test_a_fixed_state_never_changes(kind):
 
 
 @pytest.mark.parametrize("rows", [1, B])
-def test_an_adapted_linear_is_base_plus_dW(rows, float64):
+@pytest.mark.parametrize("parts", [(7,), (5, 2, 2)])
+def test_an_adapted_linear_is_base_plus_dW(parts, rows, float64):
     """y = (W + alpha/R * A S B) x, with the dW that the code never builds; a state for each row, or one for all."""
     torch.manual_seed(0)
-    linear = AdaptedLinear(Linear(10, 7), R=4, M=6, alpha=12.0)
+    linear = AdaptedLinear(Linear(10, *parts), R=4, M=6, alpha=12.0)
     torch.nn.init.normal_(linear.A)
     x, S = torch.randn(B, 5, 10), torch.randn(rows, 6, 4)
     y = linear(x, S)
     for b in range(B):
-        dW = linear.A @ S[b % rows] @ linear.B                                  # (7, M) (M, R) (R, 10)
+        matrices = zip(linear.A.split(parts), linear.B.split(4))                # each part has its own A and B
+        dW = torch.cat([A @ S[b % rows] @ own for A, own in matrices])          # (part, M) (M, R) (R, 10) -> (out, 10)
         torch.testing.assert_close(y[b], linear.base(x[b]) + 12.0 / 4 * x[b] @ dW.T)
     assert torch.equal(linear(x), linear.base(x))                               # no state, no adapter
 
 
-def test_all_seven_linears_of_every_layer_are_adapted_and_the_base_is_frozen():
+def test_all_linears_of_every_layer_are_adapted_and_the_base_is_frozen():
     model = tiny_model()
     encoder = tiny_encoder(model)
-    names = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+    names = ("wqkv", "wo", "w13", "w2")                                         # seven matrices in four
     assert set(encoder.linears) == {f"{layer}_{name}" for layer in range(L) for name in names}
     linears = {f"linears.{name}.{matrix}" for name in encoder.linears for matrix in "AB"}
     assert set(encoder.trainable()) == {"h_g", "W_Q", "W_K", "W_V"} | linears

@@ -21,7 +21,8 @@ import rollout
 import train
 from conftest import SMALL, call
 from evaluate import grade, interval, majority, pass_at_k, scores
-from model import UserError, read_safetensors, write_safetensors
+from model import UserError, read_safetensors
+from train import write_safetensors
 
 DIGITS = ["527184=", "12=", "903341,527184=", "7=", "4455=", "12="]             # two of one length; one comes twice
 

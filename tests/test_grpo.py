@@ -14,20 +14,21 @@ EVERY_KIND = [("pte", "paper"), ("pte", "sum"), ("lora", "paper"), ("no-global",
 
 def replayed(model, encoder, r, rows=ALL, truncate=0):
     """The log-probs (b, T) that the replay finds, all segments put together."""
-    parts, stop = [], 0
+    found, stop = torch.zeros(r.logps.shape), 0
     with torch.no_grad():
-        for logps, span in grpo.replay(model, encoder, r, rows, truncate):
+        for logps, span, going in grpo.replay(model, encoder, r, rows, truncate):
             assert span.start == stop                                           # every token once and in order
-            parts.append(logps)
+            assert set(going.tolist()) == {b for b in rows.tolist() if r.lengths[b] > stop}  # of those not yet ended
+            found[going, span] = logps
             stop = span.stop
     assert stop == r.lengths[rows].max()
-    return torch.cat(parts, dim=1)
+    return found[rows, :stop]
 
 
 def gap(model, encoder, r, rows=ALL, truncate=0):
     logps = replayed(model, encoder, r, rows, truncate)
     counts = torch.arange(logps.shape[1]) < r.lengths[rows, None]
-    return ((logps - r.logps[rows, :logps.shape[1]]).abs() * counts).max().item()
+    return (logps - r.logps[rows, :logps.shape[1]]).abs()[counts].max().item()
 
 
 # ---- the replay is the rollout ---------------------------------------------------------------------------------------
@@ -123,9 +124,9 @@ def test_on_policy_the_loss_is_plain_policy_gradient(roll, float64):
     got, [sums] = gradients(model, encoder, r, A)
     assert sums["loss"] == pytest.approx(-(A * r.lengths).sum().item() / 100) and sums["clipped"] == 0
     encoder.zero_grad()
-    for logps, span in grpo.replay(model, encoder, r, ALL):
-        counts = torch.arange(span.start, span.stop) < r.lengths[:, None]
-        (-A[:, None] * logps * counts / 100).sum().backward()
+    for logps, span, rows in grpo.replay(model, encoder, r, ALL):
+        counts = torch.arange(span.start, span.stop) < r.lengths[rows, None]
+        (-A[rows, None] * logps * counts / 100).sum().backward()
     assert_same(got, {name: p.grad for name, p in encoder.trainable().items()})
 
 
@@ -181,7 +182,7 @@ def test_micro_batches_leave_out_rows_without_advantage():
 
     def rows(*settings, **more):
         return [x.tolist() for x in micro_batches(r, *settings, **more)]
-    assert rows(A, 2) == [[3, 0], [2, 5]]                                       # longest first
-    assert rows(A, 4, everything=True) == [[1, 3, 4, 0], [2, 5]]
-    assert rows(A, 100) == [[3, 0, 2, 5]]
-    assert rows(A * 0, 2) == [[1, 3]]                                           # so that logp_gap is measured
+    assert rows(A, 16) == [[3, 0], [2, 5]]                                      # longest first, W = 8 thoughts a row
+    assert rows(A, 31, everything=True) == [[1, 3, 4], [0, 2, 5]]
+    assert rows(A, 100) == [[3, 0, 2, 5]] and rows(A, 3) == [[3], [0], [2], [5]]
+    assert rows(A * 0, 16) == [[1]]                                             # so that logp_gap is measured

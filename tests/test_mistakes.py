@@ -9,7 +9,8 @@ import evaluate
 import rollout
 import train
 from conftest import call
-from model import ModelConfig, Transformer, hugging_face_name, read_folder, write_safetensors
+from model import ModelConfig, Transformer, read_folder
+from train import write_safetensors
 
 GOOD = '{"problem": "527184=", "answer": 7}'
 DATA = {  # name of a file, what it holds
@@ -35,8 +36,7 @@ def place(tmp_path_factory):
     (here / "gpt2" / "config.json").write_text(json.dumps(train.TINY | {"model_type": "gpt2"}))
     wide = train.TINY | {"intermediate_size": 128}  # a sound model, of another shape
     (here / "wide" / "config.json").write_text(json.dumps(wide))
-    write_safetensors(here / "wide" / "model.safetensors", {
-        hugging_face_name(name): p for name, p in Transformer(ModelConfig(wide)).named_parameters()})
+    write_safetensors(here / "wide" / "model.safetensors", Transformer(ModelConfig(wide)).tensors())
     write_safetensors(here / "other" / "model.safetensors", {  # of the same shape, but other weights
         name: p + 1 for name, p in read_folder(here / "run" / "base").items()})
     (here / "wordless" / "tokenizer.json").unlink()
@@ -55,7 +55,7 @@ MISTAKES = {  # script: [(command line, words of the one line that it says)]
         (TRAIN + "--window 10 --evict-ratio 0.25", "--window 10 --evict-ratio 0.25 divides"),
         (TRAIN + "--window -4", "--window -4"), (TRAIN + "--evict-ratio nan", "--evict-ratio nan"),
         (TRAIN + "--group-size 1", "--group-size 1"), (TRAIN + "--steps 0", "--steps 0"),
-        (TRAIN + "--micro-batch 0", "--micro-batch 0"), (TRAIN + "--seed -1", "--seed -1"),
+        (TRAIN + "--micro-batch -1", "--micro-batch -1"), (TRAIN + "--seed -1", "--seed -1"),
         (TRAIN + "--test-problems -1", "--test-problems -1"), (TRAIN + "--lr nan", "--lr nan"),
         (TRAIN + "--adapter lora --rank 4", "lora --global-tokens --rank 4"), (TRAIN + "--device cuda", "cuda"),
         (TRAIN + "--out run", "run already holds a run --out"), (TRAIN + "--out good.jsonl", "good.jsonl --out"),

@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from model import UserError, read_folder, read_json, read_safetensors, write_safetensors
+from model import UserError, read_folder, read_json, read_safetensors
+from train import write_safetensors
 
 
 def pack(header, data=b"", length=None):
