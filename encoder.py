@@ -48,12 +48,12 @@ UPDATES = ("paper", "sum")
 class AdaptedLinear(nn.Module):
     """y = W x + alpha/R * A S B x for a frozen `base` linear. A and B stay float32 whatever the dtype of the base.
 
-    Where the base stacks several matrices, so do A (out, M) and B (parts * R, in): each has its own, one product does
-    for all B. `low` holds copies of A and B in the dtype of the base, for decoding (`ThoughtEncoder.lower`)."""
+    Where the base stacks several matrices, so do A (out, M) and B (parts * R, in): each has its own, and one product
+    does for all. `ready` is what `matrices` gave when decoding began; it counts until A or B is changed."""
 
     def __init__(self, base, R, M, alpha):
         super().__init__()
-        self.base, self.scale, self.low = base, alpha / R, None
+        self.base, self.scale, self.ready = base, alpha / R, (None, None)
         self.A = nn.Parameter(torch.zeros(base.out_features, M))
         self.B = nn.Parameter(torch.randn(len(base.parts) * R, base.in_features) / base.in_features ** 0.5)
 
@@ -62,13 +62,18 @@ class AdaptedLinear(nn.Module):
         y = self.base(x)
         if S is None:
             return y
-        use_low = self.low and not torch.is_grad_enabled()
-        A, B = self.low if use_low else (self.A.to(x.dtype), self.B.to(x.dtype))
-        parts, (rows, T, _) = self.base.parts, x.shape
-        z = F.linear(x, B).view(rows, T * len(parts), -1)                       # (B, T, parts*R) -> (B, T*parts, R)
-        z = (z @ S.to(x.dtype).transpose(1, 2)).view(rows, T, len(parts), -1)   # (B, T, parts, M)
-        z = [F.linear(z[:, :, i], a) for i, a in enumerate(A.split(parts))]     # (B, T, out of the part), each
-        return torch.add(y, torch.cat(z, dim=2) if len(z) > 1 else z[0], alpha=self.scale)
+        version, matrices = self.ready
+        A, B = matrices if version == self.version() and not torch.is_grad_enabled() else self.matrices(x.dtype)
+        z = F.linear(x, B).view(len(x), -1, S.shape[2])                         # (B, T, parts*R) -> (B, T*parts, R)
+        z = z @ S.to(x.dtype).transpose(1, 2)                                   # (B, T*parts, R) -> (B, T*parts, M)
+        return y + F.linear(z.view(*x.shape[:2], -1), A)                        # (B, T, parts*M) -> (B, T, out)
+
+    def version(self):
+        return self.A._version, self.B._version                                 # PyTorch counts writes
+
+    def matrices(self, dtype):
+        """alpha/R * A, with the A of each part in a block of its own (out, parts*M), and B, in the dtype of the base."""
+        return (torch.block_diag(*self.A.split(self.base.parts)) * self.scale).to(dtype), self.B.to(dtype)
 
 
 class ThoughtEncoder(nn.Module):
@@ -126,10 +131,11 @@ class ThoughtEncoder(nn.Module):
         """Scales each of the M rows of a state (L, B, M, R) to norm 1; zero stays zero."""
         return F.normalize(S, dim=-1)
 
-    def lower(self, dtype):
-        """Copies every A and B once to the dtype that decoding computes in, instead of at every token."""
-        for linear in self.linears.values():
-            linear.low = linear.A.detach().to(dtype), linear.B.detach().to(dtype)
+    def prepare(self, dtype):
+        """Before decoding: what does not change from token to token is computed once."""
+        with torch.no_grad():
+            for linear in self.linears.values():
+                linear.ready = linear.version(), linear.matrices(dtype)
 
     def trainable(self):
         """The tensors to train and save, {name: parameter}: h_g, W_Q, W_K, W_V and every A and B."""

@@ -123,7 +123,7 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
     alive = torch.arange(B, device=device)                                      # (b,) the rows still in the batch
     decoder = Decoder(model, cache, compile)
     if encoder:
-        encoder.lower(model.embedding.weight.dtype)
+        encoder.prepare(model.embedding.weight.dtype)
     look = 16 if device.type == "cuda" and not on_token else 1                  # on a GPU, looking means waiting
     for t in tqdm(range(max_new_tokens), desc=progress, disable=not progress, leave=False):
         drawn, logp = sample(next_logits(model, hidden, n_ids), temperature, top_k, top_p, generator)

@@ -64,7 +64,7 @@ class Config:
     max_new_tokens: int = flag(34, "longest completion, in tokens", least=1)
     prompts: int = flag(16, "N, problems a step", least=1)
     group_size: int = flag(16, "G, completions of each", least=2)
-    steps: int = flag(250, "updates of the adapter", least=1)
+    steps: int = flag(200, "updates of the adapter", least=1)
     lr: float = flag(1e-3, "peak learning rate of AdamW", least=0)
     warmup: int = flag(10, "steps of rising learning rate; then it falls along a line to 10 %% of the peak", least=0)
     max_grad_norm: float = flag(1.0, "longer gradients are scaled down to this norm", least=0)
@@ -77,7 +77,7 @@ class Config:
     loss: str = flag("grpo", "dr_grpo: no std, constant length; dapo: skip groups without spread, punish overlong ones",
                      ("grpo", "dr_grpo", "dapo"))
     overlong_buffer: int = flag(0, "dapo: tokens before max-new-tokens over which the punishment grows", least=0)
-    base_steps: int = flag(500, "tiny: supervised steps that make the base model", least=1)
+    base_steps: int = flag(400, "tiny: supervised steps that make the base model", least=1)
     test_problems: int = flag(500, "tiny: problems of each K in the table of arms, 0 for no table", least=0)
     sample_every: int = flag(20, "steps between records in samples.jsonl", least=1)
     seed: int = flag(0, "of the base, the data, the draws and the adapter", least=0)
@@ -135,25 +135,25 @@ def build_base(folder, steps, seed, device):
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, betas=(0.9, 0.98), weight_decay=0.5)
     bar = tqdm(range(steps), desc="base model, gold thoughts", file=sys.stderr)
     for step in bar:
-        ids = np.zeros((128, 21 + 44), dtype=np.int64)                          # room for the longest, K = 3
-        mask = np.zeros(ids.shape, dtype=bool)                                  # what is learnt: thoughts, not problems
-        starts, lost = np.zeros((2, len(ids)), dtype=np.int64)
-        for row in range(len(ids)):
-            p = tally(int(rng.choice(COUNTS)), rng)
-            start = tokenizer.encode(p["problem"])
-            text = start + tokenizer.encode(f"{p['thought']}Answer:{p['answer']}") + [TINY["eos_token_id"]]
-            ids[row, :len(text)], mask[row, len(start):len(text)] = text, True
-            gone = rng.integers(p["K"]) * rng.integers(2)                       # how many of the first lists
-            starts[row], lost[row] = len(start), len(p["thought"]) // p["K"] * gone
-        ids, mask, starts, lost = (torch.from_numpy(x).to(device) for x in (ids, mask, starts, lost))
-        hidden = model.hidden(ids[:, :-1], LostLists(starts, lost))[mask[:, 1:]]  # (B, T, C) -> (tokens learnt, C)
-        loss = F.cross_entropy(model.head(hidden), ids[:, 1:][mask[:, 1:]])
-        optimizer.param_groups[0]["lr"] = 6e-3 * min((step + 1) / 30, max(0.02, 1 - step / steps))
         optimizer.zero_grad()
-        loss.backward()
+        counts, total_loss = rng.multinomial(128, [1 / 3] * 3), 0.0
+        learnt = sum(n * (14 * K + 2) for K, n in zip(COUNTS, counts))          # tokens: thoughts, not problems
+        for K, n in zip(COUNTS, counts):                                        # rows of one K are of one length: no pads
+            problems = [tally(K, rng) for _ in range(n)]
+            texts = [p["problem"] + p["thought"] + "Answer:" + p["answer"] for p in problems]
+            ids = torch.tensor([tokenizer.encode(text) + [TINY["eos_token_id"]] for text in texts], device=device)
+            gone = rng.integers(K, size=n) * rng.integers(2, size=n)            # how many of the first lists are lost
+            start = torch.full((n,), 7 * K, device=device)                      # where the thoughts begin
+            lost = LostLists(start, torch.from_numpy(13 * gone).to(device))
+            hidden = model.hidden(ids[:, :-1], lost)[:, 7 * K - 1:]             # (n, 21K + 1, C) -> (n, 14K + 2, C)
+            logits = model.head(hidden).flatten(0, 1)                           # (n * (14K + 2), ids)
+            loss = F.cross_entropy(logits, ids[:, 7 * K:].flatten(), reduction="sum") / learnt
+            loss.backward()
+            total_loss += loss.item()
+        optimizer.param_groups[0]["lr"] = 6e-3 * min((step + 1) / 30, max(0.02, 1 - step / steps))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=f"{total_loss:.3f}")
     write_safetensors(folder / "model.safetensors", model.tensors())
     (folder / "config.json").write_text(json.dumps(TINY, indent=1))
 
