@@ -191,6 +191,7 @@ class Decoder:
 def compiled_layers(model):
     """model.layers, compiled once for each shape that it meets; kept with the model."""
     if not hasattr(model, "compiled"):
+        torch._dynamo.config.recompile_limit = 64                               # numbers of rows, times widths of prompts
         options = {"cpp_wrapper": True} if model.embedding.weight.device.type == "cpu" else None
         model.compiled = torch.compile(model.layers, fullgraph=True, dynamic=False, options=options)
     return model.compiled

@@ -49,11 +49,11 @@ class AdaptedLinear(nn.Module):
     """y = W x + alpha/R * A S B x for a frozen `base` linear. A and B stay float32 whatever the dtype of the base.
 
     Where the base stacks several matrices, so do A (out, M) and B (parts * R, in): each has its own, and one product
-    does for all. `ready` is what `matrices` gave when decoding began; it counts until A or B is changed."""
+    does for all. While a rollout decodes, `ready` is what `matrices` gave when it began."""
 
     def __init__(self, base, R, M, alpha):
         super().__init__()
-        self.base, self.scale, self.ready = base, alpha / R, (None, None)
+        self.base, self.scale, self.ready = base, alpha / R, None
         self.A = nn.Parameter(torch.zeros(base.out_features, M))
         self.B = nn.Parameter(torch.randn(len(base.parts) * R, base.in_features) / base.in_features ** 0.5)
 
@@ -62,14 +62,10 @@ class AdaptedLinear(nn.Module):
         y = self.base(x)
         if S is None:
             return y
-        version, matrices = self.ready
-        A, B = matrices if version == self.version() and not torch.is_grad_enabled() else self.matrices(x.dtype)
+        A, B = self.ready if self.ready and not torch.is_grad_enabled() else self.matrices(x.dtype)
         z = F.linear(x, B).view(len(x), -1, S.shape[2])                         # (B, T, parts*R) -> (B, T*parts, R)
         z = z @ S.to(x.dtype).transpose(1, 2)                                   # (B, T*parts, R) -> (B, T*parts, M)
         return y + F.linear(z.view(*x.shape[:2], -1), A)                        # (B, T, parts*M) -> (B, T, out)
-
-    def version(self):
-        return self.A._version, self.B._version                                 # PyTorch counts writes
 
     def matrices(self, dtype):
         """alpha/R * A, with the A of each part in a block of its own (out, parts*M), and B, in the dtype of the base."""
@@ -132,10 +128,10 @@ class ThoughtEncoder(nn.Module):
         return F.normalize(S, dim=-1)
 
     def prepare(self, dtype):
-        """Before decoding: what does not change from token to token is computed once."""
+        """Before decoding: computes once what does not change from token to token. After it: None forgets that."""
         with torch.no_grad():
             for linear in self.linears.values():
-                linear.ready = linear.version(), linear.matrices(dtype)
+                linear.ready = dtype and linear.matrices(dtype)
 
     def trainable(self):
         """The tensors to train and save, {name: parameter}: h_g, W_Q, W_K, W_V and every A and B."""

@@ -161,6 +161,11 @@ def backward(model, encoder, rollout, advantages, rows, *, total, clip_low=0.2, 
     return {name: value.item() for name, value in sums.items()}
 
 
+def segment_thoughts(rollout, length):
+    """How many thoughts of a row of that length its first segment holds, the longest of all."""
+    return min(int(length), rollout.window or rollout.tokens.shape[1])
+
+
 def micro_batches(rollout, advantages, most, everything=False):
     """Splits the rows that have something to say into lists of rows of like length, the longest first, so that one
     segment of a replay holds at most `most` thoughts (but at least one row).
@@ -171,8 +176,7 @@ def micro_batches(rollout, advantages, most, everything=False):
     rows = order if everything else order[advantages[order] != 0]
     rows, batches = rows if len(rows) else order[:1], []
     while len(rows):
-        thoughts = min(int(rollout.lengths[rows[0]]), rollout.window or rollout.tokens.shape[1])  # of its first segment
-        batches.append(rows[:max(1, most // thoughts)])
+        batches.append(rows[:max(1, most // segment_thoughts(rollout, rollout.lengths[rows[0]]))])
         rows = rows[len(batches[-1]):]
     return batches
 
@@ -186,12 +190,12 @@ def largest_micro_batch(model, encoder, rollout, truncate=0):
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() * (x.data_ptr() not in weights)
         return x
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-        for _, span, _ in replay(model, encoder, rollout, rollout.lengths.argmax()[None], truncate):
-            most = max(most, sum(kept.values()) / (span.stop - span.start))
+        for _ in replay(model, encoder, rollout, rollout.lengths.argmax()[None], truncate):
+            most = max(most, sum(kept.values()))                                # bytes, of the dearest segment
             kept.clear()
     if rollout.tokens.is_cuda:
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info()[0]
     else:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, int(free / 2 / most))
+    return max(1, int(free / 2 / most * segment_thoughts(rollout, rollout.lengths.max())))

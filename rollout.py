@@ -101,7 +101,7 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
     device = model.embedding.weight.device
     prompt_lengths = torch.tensor([len(p) for p in prompts], device=device)
     check_prompts(model, prompts, max_new_tokens)
-    P = max(map(len, prompts))
+    P = max(map(len, prompts)) if not compile else -(-max(map(len, prompts)) // 128) * 128  # few widths to compile for
     prompt_ids = torch.tensor([p + [0] * (P - len(p)) for p in prompts], device=device)  # (N, P)
     rows = torch.arange(len(prompts), device=device).repeat_interleave(group_size)       # (B,)
     B, n_ids = len(rows), n_ids or model.config.vocab_size
@@ -142,14 +142,15 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
         evicted = not done and cache.full
         if evicted:
             leaving = cache.evict()
-            if encoder:
-                U = encoder.write(U, *leaving)
-                S = encoder.read(U)
+            U = encoder.write(U, *leaving) if encoder else None
+            S = encoder.read(U) if encoder else None
         if on_token:
             on_token(drawn, evicted)
         if done:
             break
         hidden = decoder(drawn, S)[:, 0]                                        # (b, 1, C) -> (b, C)
+    if encoder:
+        encoder.prepare(None)
     return Rollout(prompt_ids, prompt_lengths, rows, tokens[:, :t + 1], lengths, logps[:, :t + 1], ended, window, E,
                    n_ids, megabytes)
 

@@ -77,7 +77,7 @@ class Config:
     loss: str = flag("grpo", "dr_grpo: no std, constant length; dapo: skip groups without spread, punish overlong ones",
                      ("grpo", "dr_grpo", "dapo"))
     overlong_buffer: int = flag(0, "dapo: tokens before max-new-tokens over which the punishment grows", least=0)
-    base_steps: int = flag(400, "tiny: supervised steps that make the base model", least=1)
+    base_steps: int = flag(350, "tiny: supervised steps that make the base model", least=1)
     test_problems: int = flag(500, "tiny: problems of each K in the table of arms, 0 for no table", least=0)
     sample_every: int = flag(20, "steps between records in samples.jsonl", least=1)
     seed: int = flag(0, "of the base, the data, the draws and the adapter", least=0)
