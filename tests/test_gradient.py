@@ -77,6 +77,15 @@ def test_log_probs_and_gradient_do_not_depend_on_the_chunks_of_the_head(float64)
         torch.testing.assert_close(*(torch.autograd.grad(x.sin().sum(), h)[0] for x in (logps, wanted)))
 
 
+def test_logits_exist_for_256_megabytes_of_tokens_at_a_time(monkeypatch):
+    model, sizes, real = tiny_model(), [], grpo.next_logits
+    monkeypatch.setattr(grpo, "next_logits", lambda model, h, n_ids: sizes.append(len(h)) or real(model, h, n_ids))
+    hidden, tokens = torch.randn(3, 5, 32), torch.randint(30, (3, 5))
+    grpo.token_logps(model, hidden, tokens, n_ids=40)
+    grpo.token_logps(model, hidden, tokens, n_ids=(1 << 26) // 4)               # as if there were so many ids
+    assert sizes == [15, 4, 4, 4, 3]
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 def saved_bytes(model, encoder, r, truncate=0):
     """What autograd holds when each segment's graph is complete, in bytes of distinct storages, one number each."""
