@@ -18,7 +18,6 @@ Left out: several GPUs, resuming a run.
 """
 import itertools
 import json
-import resource
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -210,9 +209,14 @@ def batches(c, problems):
 
 
 def peak_memory_mb(device):
-    """The most memory that was in use, in MB (10^6 bytes): of the GPU in this step; on a CPU, of this process so far."""
+    """The most memory that was in use, in MB (10^6 bytes): of the GPU in this step; on a CPU, of this process so far
+    (None on Windows, which does not tell)."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
+    try:
+        import resource
+    except ImportError:
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 

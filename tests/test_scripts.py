@@ -89,8 +89,9 @@ def test_the_seed_reaches_problems_and_draws(trained, problems, tmp_path):
     assert lines(runs[0] / "samples.jsonl") != lines(runs[1] / "samples.jsonl")
 
 
-def test_micro_batches_change_memory_and_not_the_result(trained, problems, plain, tmp_path):
-    small = train_on_file(trained, problems, tmp_path / "small", "--micro-batch", 24)
+@pytest.mark.parametrize("thoughts", [24, 0])
+def test_micro_batches_change_memory_and_not_the_result(thoughts, trained, problems, plain, tmp_path):
+    small = train_on_file(trained, problems, tmp_path / "small", "--micro-batch", thoughts)
     for a, b in zip(lines(small / "metrics.jsonl"), lines(plain / "metrics.jsonl")):
         for name in ("reward", "loss", "grad_norm"):  # AdamW would hide a gradient of the wrong length
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6)
