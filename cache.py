@@ -25,7 +25,6 @@ Left out: eviction by attention scores (H2O, PyramidKV, HeadKV), paging, quantis
 
 Try it:  python rollout.py --model DIR --prompt "Tell me a story." --window 64 --show-evictions
 """
-import weakref
 from functools import partial
 
 import torch
@@ -155,7 +154,7 @@ class Decoder:
         self.model, self.cache, self.compile, self.graph = model, cache, compile, None
         cache.whole = compile
         self.layers = compiled_layers(model) if compile else model.layers
-        pack(model, len(cache.seen))
+        pack(model, len(cache.seen), compile)
 
     def __call__(self, tokens, S):
         positions, mask = self.cache.begin(1)
@@ -198,47 +197,32 @@ def compiled_layers(model):
     return model.compiled
 
 
-def pack(model, rows):
+def pack(model, rows, compile=False):
     """On a CPU, gives every Linear a copy of its frozen weight as products with few rows (a decode step's) read it
-    fastest: column by column for one row, in oneDNN's blocks for more. The numbers are the same, the memory double."""
+    fastest: column by column for one row, in oneDNN's blocks for more (which a compiled function cannot hold). The
+    numbers are the same, the memory double."""
     for linear in model.modules():
         if isinstance(linear, Linear):
-            w = linear.weight.detach()
-            packs = w.device.type == "cpu" and w.dtype == torch.float32 and rows <= 64
-            mark = packs and (rows == 1, id(linear), w.data_ptr(), w._version)  # or it has been done before
+            w, bias = linear.weight.detach(), linear.bias
+            packs = w.device.type == "cpu" and w.dtype == torch.float32 and rows <= (1 if compile else 64)
+            mark = packs and (rows == 1, w.data_ptr(), w._version)              # or it has been done before
             if getattr(linear.few_rows, "mark", False) == mark:
                 continue
             if not packs:
                 linear.few_rows = None
             elif rows == 1:
-                linear.few_rows = partial(F.linear, weight=w.t().contiguous().t(), bias=linear.bias)
+                linear.few_rows = partial(F.linear, weight=w.t().contiguous().t(), bias=bias)
             else:
-                linear.blocks = torch.ops.mkldnn._reorder_linear_weight(w, rows)
-                linear.few_rows, BLOCKED[id(linear)] = partial(blocked, linear), linear
+                linear.few_rows = partial(blocked, w, torch.ops.mkldnn._reorder_linear_weight(w, rows), bias)
             if packs:
                 linear.few_rows.mark = mark
 
 
-BLOCKED = weakref.WeakValueDictionary()  # a compiled function cannot hold such weights: it knows them by number
-
-
-def blocked(linear, x):
-    """linear(x), x (..., in) -> (..., out), by oneDNN; for one row that is slower than the plain product."""
-    if torch.compiler.is_compiling():
-        return blocked_by_number(x, id(linear), linear.out_features)
-    if x.numel() == linear.in_features:
-        return F.linear(x, linear.weight, linear.bias)
-    return torch.ops.mkldnn._linear_pointwise(x, linear.blocks, linear.bias, "none", [], "")
-
-
-@torch.library.custom_op("nanopte::blocked", mutates_args=())
-def blocked_by_number(x: torch.Tensor, number: int, out: int) -> torch.Tensor:
-    return blocked(BLOCKED[number], x)
-
-
-@blocked_by_number.register_fake
-def _(x, number, out):  # what the compiler must know of it
-    return x.new_empty(*x.shape[:-1], out)
+def blocked(weight, packed, bias, x):
+    """x (..., in) -> (..., out), by oneDNN; for one row it is slower than the plain product."""
+    if x.numel() == x.shape[-1]:
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 def halved(size, least):
