@@ -75,7 +75,7 @@ def sample(logits, temperature, top_k, top_p, generator):
     # The first id at which the summed mass reaches u, uniform in (0, mass]: one draw a row, not one for every id.
     mass = logps.exp().cumsum(dim=-1)                                           # (B, n_ids)
     u = (1 - torch.rand(len(mass), 1, dtype=mass.dtype, device=mass.device, generator=generator)) * mass[:, -1:]
-    ids = torch.searchsorted(mass, u)                                           # (B, 1)
+    ids = torch.searchsorted(mass, u).clamp(max=logps.shape[-1] - 1)            # (B, 1); nan would lead beyond the last
     return ids[:, 0], logps.gather(1, ids)[:, 0]
 
 

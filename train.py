@@ -1,7 +1,7 @@
 """train.py: the whole thing. Configuration, data, the tiny world, the loop, what is saved.
 
     python train.py                    a tiny world, a laptop, minutes: no download, no GPU
-    python train.py --adapter lora     the same without thought encoding: it does not learn
+    python train.py --adapter lora     the same without thought encoding: most seeds never learn
     python train.py --preset 24gb --model DIR --data gsm8k_train.jsonl --out runs/mine
 
 Each step: draw prompts, roll out a group of completions for each under the window (rollout.py), reward 1 for a right

@@ -119,6 +119,12 @@ def test_one_draw_a_row_takes_no_id_without_mass():
             assert sample(logits[:1], 1.0, 0, 1.0, None)[0].item() == (3 if u == 0 else 1)
 
 
+def test_logits_that_are_no_numbers_draw_an_id_that_exists():
+    """A model that has diverged is seen by its log-probs, not by an index out of range (on a GPU: the end of all)."""
+    ids, logps = sample(torch.full((3, 5), float("nan")), 1.0, 0, 1.0, torch.Generator().manual_seed(0))
+    assert (ids < 5).all() and logps.isnan().all()
+
+
 # ---- the size of a micro-batch ---------------------------------------------------------------------------------------
 def test_the_largest_micro_batch_is_measured(roll, monkeypatch):
     """Half of the memory, over the bytes that a thought of the first segment keeps: fewer where a thought is dearer."""
