@@ -191,7 +191,7 @@ class Decoder:
 def compiled_layers(model):
     """model.layers, compiled once for each shape that it meets; kept with the model."""
     if not hasattr(model, "compiled"):
-        torch._dynamo.config.recompile_limit = 64                               # numbers of rows, times widths of prompts
+        torch._dynamo.config.recompile_limit = 64                             # numbers of rows, times widths of prompts
         options = {"cpp_wrapper": True} if model.embedding.weight.device.type == "cpu" else None
         model.compiled = torch.compile(model.layers, fullgraph=True, dynamic=False, options=options)
     return model.compiled
@@ -200,11 +200,14 @@ def compiled_layers(model):
 def pack(model, rows, compile=False):
     """On a CPU, gives every Linear a copy of its frozen weight as products with few rows (a decode step's) read it
     fastest: column by column for one row, in oneDNN's blocks for more (which a compiled function cannot hold). The
-    numbers are the same, the memory double."""
+    numbers are the same, the memory is double: so for models below 2 GB only."""
+    small = sum(p.nbytes for p in model.parameters()) < 1 << 31
     for linear in model.modules():
         if isinstance(linear, Linear):
             w, bias = linear.weight.detach(), linear.bias
-            packs = w.device.type == "cpu" and w.dtype == torch.float32 and rows <= (1 if compile else 64)
+            plain = w.device.type == "cpu" and w.dtype == torch.float32
+            some = 1 < rows <= 64 and torch.backends.mkldnn.is_available() and not compile
+            packs = small and plain and (rows == 1 or some)
             mark = packs and (rows == 1, w.data_ptr(), w._version)              # or it has been done before
             if getattr(linear.few_rows, "mark", False) == mark:
                 continue

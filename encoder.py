@@ -28,6 +28,7 @@ import argparse
 import hashlib
 import json
 import re
+import shutil
 import sys
 from dataclasses import dataclass, field, fields
 from itertools import chain
@@ -68,7 +69,7 @@ class AdaptedLinear(nn.Module):
         return y + F.linear(z.view(*x.shape[:2], -1), A)                        # (B, T, parts*M) -> (B, T, out)
 
     def matrices(self, dtype):
-        """alpha/R * A, with the A of each part in a block of its own (out, parts*M), and B, in the dtype of the base."""
+        """alpha/R * A, with the A of each part in a block of its own (out, parts*M), and B, in the base's dtype."""
         return (torch.block_diag(*self.A.split(self.base.parts)) * self.scale).to(dtype), self.B.to(dtype)
 
 
@@ -159,7 +160,10 @@ def pick_dtype(name, device):
 
 
 def pick_compile(name, device):
-    """auto -> on a GPU only: on a CPU compiling takes half a minute and a C++ compiler. device: as for pick_device."""
+    """auto -> on a GPU only: on a CPU compiling takes half a minute and a C++ compiler. device: as for pick_device.
+    Raises UserError where there is no compiler."""
+    if name == "on" and pick_device(device) != "cuda" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
+        raise UserError("--compile on: this machine has no C++ compiler (g++ or clang++); install one, or leave it off")
     return name == "on" or name == "auto" and pick_device(device) == "cuda"
 
 
@@ -268,7 +272,8 @@ def arms(folder, runs):
         base = str(model_folder(folder) if folder else base_of(run, config))
         name = config["adapter"]
         name = {"pte": "PTE", "lora": "LoRA_c" if config["window"] else "LoRA"}.get(name, name)
-        settings = {k: v for k, v in config.items() if k not in ("seed", "out", "fingerprint", "device", "dtype")}
+        settings = {k: v for k, v in config.items() if k not in ("seed", "out", "fingerprint", "device", "dtype",
+                                                                "compile")}
         add(name, settings, base, run, fingerprint(read_adapter(run, config, base), config))
     return list(found.values())
 

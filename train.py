@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cache import eviction_size
-from encoder import (DTYPES, KINDS, UPDATES, attach, command_line, fingerprint, flag, model_folder, pick_device,
-                     pick_dtype, run_script)
+from encoder import (DTYPES, KINDS, UPDATES, attach, command_line, fingerprint, flag, model_folder, pick_compile,
+                     pick_device, pick_dtype, run_script)
 from evaluate import Options, compare, grade
 from grpo import backward, group_advantages, largest_micro_batch, micro_batches, overlong_penalty
 from model import FILE_DTYPES, ModelConfig, Tokenizer, Transformer, UserError, read_folder, reading
@@ -81,6 +81,7 @@ class Config:
     sample_every: int = flag(20, "steps between records in samples.jsonl", least=1)
     seed: int = flag(0, "of the base, the data, the draws and the adapter", least=0)
     device: str = flag("auto", "auto: cuda, mps or cpu", ("auto", "cuda", "mps", "cpu"))
+    compile: str = flag("auto", "one compiled function a token; auto: on a GPU only", ("auto", "on", "off"))
     dtype: str = flag("auto", "of the frozen weights; auto: bfloat16 on a GPU, else float32", ("auto", *DTYPES))
 
 
@@ -137,7 +138,7 @@ def build_base(folder, steps, seed, device):
         optimizer.zero_grad()
         counts, total_loss = rng.multinomial(128, [1 / 3] * 3), 0.0
         learnt = sum(n * (14 * K + 2) for K, n in zip(COUNTS, counts))          # tokens: thoughts, not problems
-        for K, n in zip(COUNTS, counts):                                        # rows of one K are of one length: no pads
+        for K, n in zip(COUNTS, counts):                                        # rows of one K have one length: no pads
             problems = [tally(K, rng) for _ in range(n)]
             texts = [p["problem"] + p["thought"] + "Answer:" + p["answer"] for p in problems]
             ids = torch.tensor([tokenizer.encode(text) + [TINY["eos_token_id"]] for text in texts], device=device)
@@ -228,6 +229,7 @@ def train_step(c, step, model, encoder, tokenizer, optimizer, problems):
     prompts = [ask(tokenizer, p["problem"]) for p in problems]
     rollout = generate(model, encoder, prompts, c.group_size, max_new_tokens=c.max_new_tokens, window=c.window,
                        evict_ratio=c.evict_ratio, n_ids=tokenizer.n_ids, seed=c.seed * 1_000_003 + step,
+                       compile=pick_compile(c.compile, c.device),
                        progress="" if c.model == "tiny" else f"step {step + 1}: rollout")
     texts = [tokenizer.decode([i for i in ids if i not in model.config.eos_ids]) for ids in rollout.completions()]
     correct = torch.tensor([float(grade(problems[b // c.group_size], text)[1]) for b, text in enumerate(texts)],
@@ -272,6 +274,7 @@ def train_step(c, step, model, encoder, tokenizer, optimizer, problems):
 def check(c):
     """Raises UserError for settings that cannot work, before anything is written."""
     eviction_size(c.window, c.evict_ratio)
+    pick_compile(c.compile, c.device)
     if c.adapter == "lora" and c.rank != c.global_tokens:
         raise UserError(f"--adapter lora wants --global-tokens equal to --rank ({c.rank}): its state is an identity")
     if (c.model == "tiny") != (c.data == "tally"):
@@ -341,7 +344,7 @@ def table_of_arms(c, out):
         Path(files[-1]).write_text("".join(json.dumps(tally(K, rng)) + "\n" for _ in range(c.test_problems)))
     windows = (0, c.window) if c.window else (0,)
     print(compare(Options(runs=(str(out),), data=tuple(files), window=windows, max_new_tokens=64, batch=c.test_problems,
-                          device=c.device, dtype=c.dtype, json=str(out / "table.json")))[0])
+                          device=c.device, dtype=c.dtype, compile=c.compile, json=str(out / "table.json")))[0])
 
 
 if __name__ == "__main__":

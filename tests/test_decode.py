@@ -62,6 +62,14 @@ def test_weights_are_packed_once_and_anew_when_they_change():
             torch.testing.assert_close(linear(x), F.linear(x, linear.weight))
 
 
+def test_a_model_that_fills_the_memory_is_not_packed():
+    with torch.device("meta"):
+        big = torch.nn.ModuleList([Linear(1 << 15, 1 << 14)])                   # 2 GB, without numbers
+    big.append(Linear(24, 40))
+    pack(big, 1)
+    assert big[1].few_rows is None
+
+
 def test_training_never_reads_the_packed_copy():
     linear = Linear(24, 40).requires_grad_(False)
     pack(linear, 1)
