@@ -77,6 +77,19 @@ def test_thoughts_written_as_a_segment_are_seen_as_if_written_one_by_one(W, E):
         first += T
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_attention_reads_the_slots_in_use_or_for_a_fixed_shape_all(whole):
+    cache, _ = filled_cache(W=8, E=2)
+    cache.whole = whole
+    for n in range(1, 20):
+        if cache.full:
+            cache.evict()
+        _, mask = cache.begin(1)
+        with torch.no_grad():
+            keys, values = cache.write(0, torch.zeros(B, KV, 1, D), torch.zeros(B, KV, 1, D))
+        assert keys.shape[2] == values.shape[2] == mask.shape[3] == P + (8 if whole else min(n, 8))
+
+
 def test_every_thought_leaves_once_and_in_order():
     cache, _ = filled_cache(W=8, E=2, n_layers=3)
     left = []
