@@ -175,7 +175,7 @@ class Transformer(nn.Module):
     def from_folder(cls, path, dtype=torch.bfloat16, device="cpu"):
         """Reads a folder; all weights are frozen. UserError for what is missing, damaged or of the wrong shape."""
         files = Path(path, "config.json"), Path(path, "generation_config.json")
-        with reading(files[0]), torch.device("meta"):                          # shapes without numbers
+        with reading(files[0]), torch.device("meta"):                           # shapes without numbers
             model = cls(ModelConfig(*(read_json(file) for file in files if file == files[0] or file.exists())))
         wanted, found = {name: tensor.shape for name, tensor in model.tensors().items()}, read_folder(path)
         found.pop("lm_head.weight" if model.config.tied else None, None)        # some folders hold a second copy
