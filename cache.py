@@ -19,18 +19,28 @@ The same class serves decoding (no gradient: thoughts are written in place) and 
 ones with a graph, until `detach` cuts it between two segments).
 
 What never changes shape can be prepared once: at the end of the file, `Decoder` makes a decode step one function that
-can be compiled, and recorded on a GPU; `pack` lays weights out for a CPU.
+that can be compiled, and recorded on a GPU; `pack` lays weights out for a CPU. Behind it, not of the cache: what all
+files need of the machine (devices, processes, folders), and how a file is written so that no failure leaves half of it.
 
 Left out: eviction by attention scores (H2O, PyramidKV, HeadKV), paging, quantised keys.
 
 Try it:  python rollout.py --model DIR --prompt "Tell me a story." --window 64 --show-evictions
 """
+import contextlib
+import json
+import os
+import re
+import shutil
+import sys
 from functools import partial
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from tqdm import tqdm
 
-from model import Linear, UserError
+from model import FILE_DTYPES, Linear, UserError
 
 
 def eviction_size(window, evict_ratio):
@@ -44,6 +54,15 @@ def eviction_size(window, evict_ratio):
         raise UserError(f"--window {window} --evict-ratio {evict_ratio:g} evicts {window * evict_ratio:g} thoughts at "
                         "once: that must be a whole number that divides the window; try --window 16 --evict-ratio 0.25")
     return E
+
+
+def window_of(window, evict_ratio, config):
+    """(window, evict_ratio) of the flags; what they leave open (-1) is as in the run's config, without a run 0 and
+    0.25. Raises UserError if they do not fit together."""
+    window = config.get("window", 0) if window == -1 else window
+    evict_ratio = config.get("evict_ratio", 0.25) if evict_ratio == -1 else evict_ratio
+    eviction_size(window, evict_ratio)
+    return window, evict_ratio
 
 
 class SlidingCache:
@@ -237,3 +256,139 @@ def next_logits(model, hidden, n_ids):
     """hidden (..., C) -> logits of the ids that exist, (..., n_ids), at least float32: rows of the embedding beyond
     the tokenizer's ids are never sampled. The sampler and the scorer of grpo.py share it."""
     return model.head(hidden)[..., :n_ids].to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+# ------------------------------------------------------------------------------------ devices, processes, files
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def pick_device(name):
+    """auto -> cuda, mps or cpu, the first that this machine has. Raises UserError for one that it lacks."""
+    here = [*["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available(), "cpu"]
+    if name not in ("auto", *here):
+        raise UserError(f"--device {name}: this machine has none that PyTorch can use; give --device {here[0]}")
+    return here[0] if name == "auto" else name
+
+
+def pick_dtype(name, device):
+    """auto -> bfloat16 on a GPU, float32 on the CPU."""
+    return DTYPES[name if name != "auto" else "bfloat16" if device == "cuda" else "float32"]
+
+
+def pick_compile(name, device):
+    """auto -> on a GPU only: on a CPU compiling takes half a minute and a C++ compiler. device: as for pick_device.
+    Raises UserError where there is no compiler."""
+    if name == "on" and pick_device(device) != "cuda" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
+        raise UserError("--compile on: this machine has no C++ compiler (g++ or clang++); install one, or leave it off")
+    return name == "on" or name == "auto" and pick_device(device) == "cuda"
+
+
+def say(text):
+    """A line on stderr, beside the progress bar; of several processes the first speaks."""
+    if ranks()[0] == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+def ranks():
+    """(number of this process, how many there are): (0, 1) unless torchrun started several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def everyone(value):
+    """What each process gave here, a list in the order of their numbers; here they also wait for each other."""
+    values = [value] * ranks()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def join(prompts, device):
+    """Under torchrun, makes this process one of several, each with a GPU (or, without one, cores) of its own."""
+    if (n := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        if prompts % n:
+            raise UserError(f"--prompts {prompts} cannot be shared by {n} processes; give a multiple of {n}")
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+
+
+FETCHED = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+           "model*.safetensors", "model.safetensors.index.json"]
+
+
+def model_folder(name):
+    """A folder as it is; for an id of the Hugging Face hub (Qwen/Qwen2.5-3B-Instruct) the folder that it is fetched to:
+    config, tokenizer and safetensors files, nothing else. Raises UserError."""
+    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
+        return name
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(f"there is no folder {name}; to fetch it from the Hugging Face hub: "
+                        "pip install huggingface_hub") from None
+    try:
+        return snapshot_download(name, allow_patterns=FETCHED)
+    except Exception as error:  # the library's errors have no common base; all of them mean that it was not fetched
+        raise UserError(f"{name} is no folder here, and the Hugging Face hub does not give it: "
+                        f"{first_line(error)}") from None
+
+
+def first_line(error):
+    """What a library's error says, in one line."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
+
+
+def free_folder(out, cure):
+    """out as a Path, if nothing is there yet. Raises UserError with the cure if it is empty, or names what is there."""
+    if not out:
+        raise UserError(cure)
+    if Path(out).exists() and not (Path(out).is_dir() and all(p.suffix == ".tmp" for p in Path(out).iterdir())):
+        raise UserError(f"{out} already holds a run, or something else; {cure}")
+    return Path(out)
+
+
+def make_folder(path):
+    """Makes the run folder. Raises UserError if that cannot be done."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path} ({error.strerror}); give another --out") from None
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A file to be written (bytes), which takes the place of `path` once all of it is on the disk. If that fails `path`
+    stays what it was, and UserError says why."""
+    there = Path(f"{path}.tmp")
+    try:
+        with open(there, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        there.replace(path)
+    except OSError as error:
+        there.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error.strerror}), which is as it was; make room, or pick another "
+                        "folder") from None
+
+
+def write_json(path, value):
+    """Writes a file of JSON; `path` changes only once all is written. Raises UserError."""
+    with replacing(path) as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_safetensors(path, tensors):
+    """Writes {name: tensor}; `path` changes only once all is written. Raises UserError."""
+    header, end, kinds = {"__metadata__": {"format": "pt"}}, 0, {dtype: kind for kind, dtype in FILE_DTYPES.items()}
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # wide dtypes first: all are aligned
+    for name in order:
+        first, end = end, end + tensors[name].nbytes
+        header[name] = dict(dtype=kinds[tensors[name].dtype], shape=[*tensors[name].shape], data_offsets=[first, end])
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:  # as bytes, for numpy has no bfloat16
+            file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

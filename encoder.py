@@ -27,7 +27,6 @@ Try it:  python train.py            (and, to see what it is worth: python train.
 import argparse
 import hashlib
 import json
-import re
 import shutil
 import sys
 from dataclasses import dataclass, field, fields
@@ -39,8 +38,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cache import eviction_size
-from model import Linear, ModelConfig, Tokenizer, Transformer, UserError, read_folder, read_json, read_safetensors
+from cache import (DTYPES, FETCHED, free_folder, make_folder, model_folder, pick_device, pick_dtype, write_json,
+                   write_safetensors)
+from model import (HUGGING_FACE_NAMES, Linear, ModelConfig, Tokenizer, Transformer, UserError, read_folder, read_json,
+                   read_safetensors)
 
 KINDS = ("pte", "lora", "no-global", "global-only")
 UPDATES = ("paper", "sum")
@@ -138,56 +139,21 @@ class ThoughtEncoder(nn.Module):
         """The tensors to train and save, {name: parameter}: h_g, W_Q, W_K, W_V and every A and B."""
         return {name: p for name, p in self.named_parameters() if ".base." not in name}
 
+    def tensors(self):
+        """What a file holds of it, {name: view of a parameter}. A and B of each matrix have the names that Hugging Face
+        PEFT gives them (its lora_A is our B, its lora_B our A), so that PEFT reads a LoRA's file as it is."""
+        found = {name: p.detach() for name, p in self.named_parameters() if "." not in name}  # h_g, W_Q, W_K, W_V
+        for key, linear in self.linears.items():
+            layer, name = key.split("_")
+            names = HUGGING_FACE_NAMES[name].split()
+            parts = linear.A.detach().split(linear.base.parts), linear.B.detach().chunk(len(names))
+            for name, A, B in zip(names, *parts):                               # (out, M), (R, in)
+                start = f"base_model.model.model.layers.{layer}.{name}"
+                found |= {f"{start}.lora_A.weight": B, f"{start}.lora_B.weight": A}
+        return found
+
 
 # ------------------------------------------------------------------------------------ a model and its adapter on disk
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-FETCHED = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-           "model*.safetensors", "model.safetensors.index.json"]
-
-
-def pick_device(name):
-    """auto -> cuda, mps or cpu, the first that this machine has. Raises UserError for one that it lacks."""
-    here = [*["cuda"] * torch.cuda.is_available(), *["mps"] * torch.backends.mps.is_available(), "cpu"]
-    if name not in ("auto", *here):
-        raise UserError(f"--device {name}: this machine has none that PyTorch can use; give --device {here[0]}")
-    return here[0] if name == "auto" else name
-
-
-def pick_dtype(name, device):
-    """auto -> bfloat16 on a GPU, float32 on the CPU."""
-    return DTYPES[name if name != "auto" else "bfloat16" if device == "cuda" else "float32"]
-
-
-def pick_compile(name, device):
-    """auto -> on a GPU only: on a CPU compiling takes half a minute and a C++ compiler. device: as for pick_device.
-    Raises UserError where there is no compiler."""
-    if name == "on" and pick_device(device) != "cuda" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
-        raise UserError("--compile on: this machine has no C++ compiler (g++ or clang++); install one, or leave it off")
-    return name == "on" or name == "auto" and pick_device(device) == "cuda"
-
-
-def model_folder(name):
-    """A folder as it is; for an id of the Hugging Face hub (Qwen/Qwen2.5-3B-Instruct) the folder that it is fetched to:
-    config, tokenizer and safetensors files, nothing else. Raises UserError."""
-    if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
-        return name
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError(f"there is no folder {name}; to fetch it from the Hugging Face hub: "
-                        "pip install huggingface_hub") from None
-    try:
-        return snapshot_download(name, allow_patterns=FETCHED)
-    except Exception as error:  # the library's errors have no common base; all of them mean that it was not fetched
-        raise UserError(f"{name} is no folder here, and the Hugging Face hub does not give it: "
-                        f"{first_line(error)}") from None
-
-
-def first_line(error):
-    """What a library's error says, in one line."""
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
-
 
 def fingerprint(tensors, settings=None):
     """Tells models of one shape apart: a hash of the first numbers of all {name: tensor} (and of settings, a dict)."""
@@ -222,7 +188,7 @@ def read_adapter(run, config, folder):
     path = Path(run) / "adapter.safetensors"
     saved = read_safetensors(path)
     with torch.device("meta"):                                                  # shapes without numbers
-        wanted = attach(Transformer(ModelConfig(read_json(Path(folder) / "config.json"))), config).trainable()
+        wanted = attach(Transformer(ModelConfig(read_json(Path(folder) / "config.json"))), config).tensors()
     for name in sorted(saved.keys() | wanted.keys()):
         there, fits = (tuple(tensors[name].shape) if name in tensors else "missing" for tensors in (saved, wanted))
         if there != fits:
@@ -232,6 +198,40 @@ def read_adapter(run, config, folder):
         raise UserError(f"{run} was trained on another model than {folder}: of the same shape, but other weights; give "
                         f"the model that the run was trained on ({config['model']})")
     return saved
+
+
+def write_adapter(run, encoder, config):
+    """adapter.safetensors and adapter_config.json in a run's folder; of a LoRA also adapter_model.safetensors, the name
+    that PEFT looks for. config: the run's. Raises UserError."""
+    write_safetensors(Path(run) / "adapter.safetensors", encoder.tensors())
+    if encoder.kind == "lora":
+        write_safetensors(Path(run) / "adapter_model.safetensors", encoder.tensors())
+    write_json(Path(run) / "adapter_config.json", {                             # a PTE is nothing that PEFT could read
+        "peft_type": "LORA" if encoder.kind == "lora" else "PTE", "task_type": "CAUSAL_LM", "r": encoder.R,
+        "lora_alpha": config["alpha"], "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+        "base_model_name_or_path": f"{run}/base" if config["model"] == "tiny" else config["model"],
+        "target_modules": sorted({name.split(".")[-3] for name in encoder.tensors() if "lora" in name})})
+
+
+def merge(run, out):
+    """Writes the model of a LoRA run with the update in its weights, W + alpha/R * A B, as a Hugging Face folder `out`.
+    Raises UserError, also for other adapters: theirs is another update in every sequence."""
+    config = run_config(run)
+    folder, out = base_of(run, config), free_folder(out, f"--merge {run} wants a new folder: give --out DIR")
+    if config["adapter"] != "lora":
+        raise UserError(f"{run} is a run of --adapter {config['adapter']}: its update depends on each sequence's own "
+                        "thoughts, no weights can hold it; use the run as it is: python rollout.py --run RUN")
+    saved, tensors = read_adapter(run, config, folder), read_folder(folder)
+    for name, B in saved.items():
+        if name.endswith("lora_A.weight"):                                      # PEFT's name for B (R, in)
+            A, name = saved[name.replace("lora_A", "lora_B")], name.removeprefix("base_model.model.")
+            W = tensors[name := name.replace("lora_A.", "")]                    # (out, in)
+            tensors[name] = (W.float() + config["alpha"] / config["rank"] * A @ B).to(W.dtype)
+    make_folder(out)
+    for path in chain(*(Path(folder).glob(name) for name in FETCHED if "safetensors" not in name)):
+        shutil.copy(path, out)
+    write_safetensors(out / "model.safetensors", tensors)
+    print(f"{out} is a model of its own now: python rollout.py --model {out}")
 
 
 def load(folder, run, dtype, device):
@@ -245,9 +245,8 @@ def load(folder, run, dtype, device):
     model, encoder = Transformer.from_folder(folder, dtype=pick_dtype(dtype, device), device=device), None
     if run:
         saved, encoder = read_adapter(run, config, folder), attach(model, config)
-        with torch.no_grad():
-            for name, parameter in encoder.trainable().items():
-                parameter.copy_(saved[name])
+        for name, tensor in encoder.tensors().items():
+            tensor.copy_(saved[name])
     return model, encoder, Tokenizer.from_folder(folder), config
 
 
@@ -373,15 +372,6 @@ def run_script(main):
         sys.exit(2)
     except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(130)
-
-
-def window_of(window, evict_ratio, config):
-    """(window, evict_ratio) of the flags; what they leave open (-1) is as in the run's config, without a run 0 and
-    0.25. Raises UserError if they do not fit together."""
-    window = config.get("window", 0) if window == -1 else window
-    evict_ratio = config.get("evict_ratio", 0.25) if evict_ratio == -1 else evict_ratio
-    eviction_size(window, evict_ratio)
-    return window, evict_ratio
 
 
 @dataclass

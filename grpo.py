@@ -23,14 +23,22 @@ clip at work. Left out: a value network, importance weights for a foreign sample
 
 Try it:  python train.py --inner-epochs 2
 """
+import math
 import os
+import sys
+import time
 from collections import deque
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cache import SlidingCache, next_logits
+from cache import SlidingCache, everyone, next_logits, pick_compile, ranks, say
+from evaluate import grade
+from model import UserError
+from rollout import ask, generate
 
 
 def group_advantages(rewards, group_size, use_std=True, eps=1e-4):
@@ -137,10 +145,10 @@ def backward(model, encoder, rollout, advantages, rows, *, total, clip_low=0.2, 
              truncate=0):
     """Adds to .grad the gradient of the loss of these rows; total is the N above, of the whole step.
 
-    advantages (B,) of all rows. Returns sums over the rows' tokens: {"loss", "clipped", "kl"}, and "gap", the largest
-    |log-prob of the replay - log-prob of the rollout|."""
+    advantages (B,) of all rows. Returns sums over the rows' tokens: {"loss", "clipped", "kl", "tokens"}, and "gap", the
+    largest |log-prob of the replay - log-prob of the rollout|."""
     device = rollout.tokens.device
-    sums = {name: torch.zeros((), device=device) for name in ("loss", "clipped", "kl", "gap")}
+    sums = {name: torch.zeros((), device=device) for name in ("loss", "clipped", "kl", "tokens", "gap")}
     reference = reference_logps(model, rollout, rows) if kl_coef else None
     everything = rows
     for logps, span, rows in replay(model, encoder, rollout, everything, truncate):
@@ -157,6 +165,7 @@ def backward(model, encoder, rollout, advantages, rows, *, total, clip_low=0.2, 
         loss.backward()
         sums["loss"] += loss.detach()
         sums["clipped"] += (clipped & mask).sum()
+        sums["tokens"] += mask.sum()
         sums["gap"] = torch.maximum(sums["gap"], ((logps - old).abs() * mask).max().detach())
     return {name: value.item() for name, value in sums.items()}
 
@@ -199,3 +208,131 @@ def largest_micro_batch(model, encoder, rollout, truncate=0):
     else:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(1, int(free / 2 / most * segment_thoughts(rollout, rollout.lengths.max())))
+
+
+# ------------------------------------------------------------------------------------ one step of training
+
+@dataclass
+class Health:
+    """What a run remembers of the steps behind it, to say when something is wrong; saved with every checkpoint."""
+    micro_batch: int              # thoughts that are replayed at once, 0: not measured yet
+    skipped: int = 0              # updates in a row whose gradient was not finite
+    alike: int = 0                # steps in a row in which no group had two different rewards
+    warned: bool = False          # of a logp_gap that rounding does not explain
+
+    def look(self, step, gap, spread, finite, limit):
+        """Takes note of a step, and says on stderr what a person should know. Raises UserError if it is over."""
+        self.alike, self.skipped = 0 if spread else self.alike + 1, 0 if finite else self.skipped + 1
+        if not finite:
+            say(f"step {step}: the loss or its gradient is not finite; this update is skipped")
+        if self.skipped == 3:
+            raise UserError(f"three updates in a row had no finite gradient, step {step} the last: start anew with a "
+                            "lower --lr or --max-grad-norm, or --dtype float32")
+        if not gap <= limit and not self.warned:                                # not: nan is above everything
+            self.warned = True
+            say(f"step {step}: logp_gap {gap:.2g} is above {limit}, more than rounding: the replay does not see what "
+                "the rollout saw, nothing that is learnt can be trusted; try --compile off, --dtype float32")
+        if self.alike == 10:
+            say(f"step {step}: for 10 steps all rewards of every group were equal, so nothing is learnt; try easier "
+                "problems, a longer --max-new-tokens, a larger --group-size")
+
+
+def learning_rate(step, c):
+    """Rises for `warmup` steps, then falls along a line to 10 % of the peak."""
+    return c.lr * min((step + 1) / max(c.warmup, 1), 1 - 0.9 * step / c.steps)
+
+
+def peak_memory_mb(device):
+    """The most memory that was in use, in MB (10^6 bytes): of the GPU in this step; on a CPU, of this process so far
+    (None on Windows, which does not tell)."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def accumulate(c, model, encoder, optimizer, rollout, advantages, total, health):
+    """Makes .grad the gradient of all rows, of all processes; returns what `backward` does, for each micro-batch of
+    all. Where a GPU's memory does not suffice, micro-batches are halved. Raises UserError if that does not help."""
+    parts = None
+    while parts is None:
+        optimizer.zero_grad()
+        batches = micro_batches(rollout, advantages, health.micro_batch, everything=c.kl_coef > 0)
+        try:
+            parts = [backward(model, encoder, rollout, advantages, rows, total=total, clip_low=c.clip_low,
+                              clip_high=c.clip_high, kl_coef=c.kl_coef, truncate=c.truncate_memory) for rows in batches]
+        except torch.OutOfMemoryError:
+            largest = max(batches, key=len)
+            health.micro_batch = len(largest) * segment_thoughts(rollout, rollout.lengths[largest[0]]) // 2
+            if len(largest) == 1:
+                raise UserError("out of memory with a single row: lower --window or --max-new-tokens, or give "
+                                "--truncate-memory 1") from None
+            say(f"out of memory: --micro-batch {health.micro_batch} from here on")
+        if parts is None:                                                       # no longer held by the exception
+            torch.cuda.empty_cache()
+    if ranks()[1] > 1:
+        for p in encoder.trainable().values():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            torch.distributed.all_reduce(p.grad)                                # a sum: all divide by the same total
+    return sum(everyone(parts), [])
+
+
+def train_step(c, step, model, encoder, tokenizer, optimizer, problems, health):
+    """One step of GRPO: roll out, reward, replay, update; each process takes its share of the problems. c: settings,
+    see train.Config. Returns the line for metrics.jsonl, and sample records. Raises UserError."""
+    start, device, (rank, n) = time.time(), model.embedding.weight.device, ranks()
+    share = len(problems) // n
+    problems = problems[rank * share:][:share]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    prompts = [ask(tokenizer, p["problem"]) for p in problems]
+    try:
+        rollout = generate(model, encoder, prompts, c.group_size, max_new_tokens=c.max_new_tokens, window=c.window,
+                           evict_ratio=c.evict_ratio, n_ids=tokenizer.n_ids, seed=c.seed * 1_000_003 + step,
+                           share=(rank, n), compile=pick_compile(c.compile, c.device),
+                           progress="" if c.model == "tiny" or rank else f"step {step + 1}: rollout")
+    except torch.OutOfMemoryError:
+        raise UserError("out of memory in a rollout: lower --prompts, --group-size, --window or --max-new-tokens"
+                        ) from None
+    texts = [tokenizer.decode([i for i in ids if i not in model.config.eos_ids]) for ids in rollout.completions()]
+    correct = torch.tensor([float(grade(problems[b // c.group_size], text)[1]) for b, text in enumerate(texts)],
+                           device=device)
+    rewards = correct * rollout.ended if c.data == "tally" else correct
+    if c.loss == "dapo":
+        rewards = rewards + overlong_penalty(rollout.lengths, c.max_new_tokens, c.overlong_buffer)
+    advantages = group_advantages(rewards, c.group_size, use_std=c.loss != "dr_grpo")
+    counted = rollout.lengths[advantages != 0] if c.loss == "dapo" else rollout.lengths
+    total = sum(everyone(len(texts) * c.max_new_tokens if c.loss == "dr_grpo" else int(counted.sum())))
+
+    if not health.micro_batch:
+        health.micro_batch = largest_micro_batch(model, encoder, rollout, c.truncate_memory)
+        say(f"--micro-batch {health.micro_batch} is the largest that fits")
+    gap = None
+    for epoch in range(c.inner_epochs):
+        parts = accumulate(c, model, encoder, optimizer, rollout, advantages, max(total, 1), health)
+        loss, clipped, kl, tokens = (sum(part[name] for part in parts) for name in ("loss", "clipped", "kl", "tokens"))
+        gap = np.max([part["gap"] for part in parts]).item() if epoch == 0 else gap     # before the first update
+        grad_norm = torch.nn.utils.clip_grad_norm_(encoder.trainable().values(), c.max_grad_norm).item()
+        finite = math.isfinite(grad_norm) and math.isfinite(loss)
+        if not finite:
+            break
+        optimizer.param_groups[0]["lr"] = learning_rate(step, c)
+        optimizer.step()
+    samples = [{"step": step + 1, "prompt": problems[b // c.group_size]["problem"], "response": texts[b],
+                "answer": problems[b // c.group_size]["answer"], "reward": rewards[b].item()}
+               for b in range(0, min(len(texts), 4 * c.group_size), c.group_size)]
+    rows = {"reward": rewards, "accuracy": correct, "response_tokens": rollout.lengths, "truncated": ~rollout.ended,
+            "evictions": rollout.evictions(), "spread": advantages != 0}
+    shares = everyone(({name: x.tolist() for name, x in rows.items()}, samples, peak_memory_mb(device.type)))
+    rows = {name: sum((share[0][name] for share in shares), []) for name in rows}       # of all processes
+    limit = 1e-3 if model.norm.weight.dtype == torch.float32 else 0.5           # of rounding, far from it
+    health.look(step + 1, gap, any(rows.pop("spread")), finite, limit)
+    seconds = time.time() - start
+    return {"step": step + 1} | {name: sum(x) / len(x) for name, x in rows.items()} | {
+        "loss": loss, "grad_norm": grad_norm, "logp_gap": gap, "ratio_clipped": clipped / tokens, "kl": kl / tokens,
+        "skipped": not finite, "tokens_per_second": sum(rows["response_tokens"]) / seconds,
+        "peak_memory_mb": max((share[2] or 0) for share in shares) or None, "seconds": seconds
+    }, sum((share[1] for share in shares), [])[:4]

@@ -24,9 +24,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from cache import Decoder, SlidingCache, eviction_size, halved, next_logits
-from encoder import (ModelOptions, arms, command_line, first_line, flag, load, pick_compile, resume, run_config,
-                     run_script, window_of)
+from cache import Decoder, SlidingCache, eviction_size, first_line, halved, next_logits, pick_compile, window_of
+from encoder import ModelOptions, arms, command_line, flag, load, resume, run_config, run_script
 from model import UserError
 
 
@@ -58,10 +57,9 @@ class Rollout:
         return (over + self.evict_size - 1).div(self.evict_size, rounding_mode="floor").clamp(min=0)
 
 
-def sample(logits, temperature, top_k, top_p, generator):
-    """Draws one id a row from logits (B, n_ids). Temperature 0 takes the largest; top_k 0 and top_p 1 cut nothing.
-
-    Returns ids (B,) and their log-probs (B,) in the distribution that was sampled from."""
+def sample(logits, temperature, top_k, top_p, u):
+    """Draws one id a row from logits (B, n_ids) by u (B, 1), uniform in [0, 1). Temperature 0 takes the largest, top_k
+    0 and top_p 1 cut nothing. Returns ids (B,) and their log-probs (B,) in the distribution that was sampled from."""
     if temperature == 0:
         largest, ids = logits.max(dim=-1)
         return ids, largest - logits.logsumexp(dim=-1)
@@ -72,10 +70,10 @@ def sample(logits, temperature, top_k, top_p, generator):
         cut = (before >= top_p) | (torch.arange(logps.shape[-1], device=logps.device) >= (top_k or logps.shape[-1]))
         cut[:, 0] = False                                                       # the likeliest always stays
         logps = torch.log_softmax(logps.masked_fill(cut.scatter(1, order, cut), -torch.inf), dim=-1)
-    # The first id at which the summed mass reaches u, uniform in (0, mass]: one draw a row, not one for every id.
+    # The first id at which the summed mass reaches a point in (0, mass]: one draw a row, not one for every id.
     mass = logps.exp().cumsum(dim=-1)                                           # (B, n_ids)
-    u = (1 - torch.rand(len(mass), 1, dtype=mass.dtype, device=mass.device, generator=generator)) * mass[:, -1:]
-    ids = torch.searchsorted(mass, u).clamp(max=logps.shape[-1] - 1)            # (B, 1); nan would lead beyond the last
+    ids = torch.searchsorted(mass, (1 - u.to(mass.dtype)) * mass[:, -1:])       # (B, 1)
+    ids = ids.clamp(max=logps.shape[-1] - 1)                                    # nan would lead beyond the last
     return ids[:, 0], logps.gather(1, ids)[:, 0]
 
 
@@ -91,12 +89,13 @@ def check_prompts(model, prompts, max_new_tokens):
 
 @torch.no_grad()
 def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0, evict_ratio=0.25, n_ids=None,
-             temperature=1.0, top_k=0, top_p=1.0, seed=0, compile=False, progress="", on_token=None):
+             temperature=1.0, top_k=0, top_p=1.0, seed=0, share=(0, 1), compile=False, progress="", on_token=None):
     """Samples group_size completions of every prompt under the cache-constrained policy.
 
     prompts: lists of ids. encoder: a ThoughtEncoder attached to the model, or None for the model as it is. seed makes
-    the draw repeatable on one device. compile: see cache.Decoder. progress: title of a tqdm bar. on_token(ids (b,),
-    evicted) sees every step.
+    the draw repeatable on one device. share (rank, ranks): the prompts are the rank-th of so many equal shares of a
+    batch, and draw what they would draw in the whole. compile: see cache.Decoder. progress: title of a tqdm bar.
+    on_token(ids (b,), evicted) sees every step.
     Returns a Rollout. Raises UserError if a prompt and its thoughts do not fit the model's positions."""
     device = model.embedding.weight.device
     prompt_lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -105,7 +104,8 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
     prompt_ids = torch.tensor([p + [0] * (P - len(p)) for p in prompts], device=device)  # (N, P)
     rows = torch.arange(len(prompts), device=device).repeat_interleave(group_size)       # (B,)
     B, n_ids = len(rows), n_ids or model.config.vocab_size
-    generator = torch.Generator(device).manual_seed(seed)
+    draws = torch.rand(max_new_tokens, share[1] * B, device=device, generator=torch.Generator(device).manual_seed(seed))
+    draws = draws[:, share[0] * B:][:, :B]                                      # (T, B) a row's, whoever else is there
     eos = torch.tensor(model.config.eos_ids, dtype=torch.long, device=device)
     E = eviction_size(window, evict_ratio)
 
@@ -126,7 +126,7 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
         encoder.prepare(model.embedding.weight.dtype)
     look = 16 if device.type == "cuda" and not on_token else 1                  # on a GPU, looking means waiting
     for t in tqdm(range(max_new_tokens), desc=progress, disable=not progress, leave=False):
-        drawn, logp = sample(next_logits(model, hidden, n_ids), temperature, top_k, top_p, generator)
+        drawn, logp = sample(next_logits(model, hidden, n_ids), temperature, top_k, top_p, draws[t, alive, None])
         tokens[alive, t], logps[alive, t] = drawn, logp
         ends = torch.isin(drawn, eos) & ~ended[alive]
         lengths[alive] = torch.where(ends, t + 1, lengths[alive])

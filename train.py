@@ -14,27 +14,38 @@ thought 27: the base can only guess, 1 in 10. GRPO, which rewards the right answ
 thought encoder to carry it.
 
 Reward of tally: R = 1 if what follows `Answer:` is the gold text, to the letter, and the rollout ended; else 0.
-Left out: several GPUs, resuming a run.
+Every --save-every steps, and on Ctrl-C or SIGTERM, all that the next step needs goes into a checkpoint, and `python
+train.py --resume runs/mine` goes on as if nothing had happened, bit for bit on a CPU. Data and draws are functions of
+the seed and the number of the step, so no random state is kept. Several GPUs share the problems of a step: `torchrun
+--nproc_per_node=4 train.py ...`. Left out: models that do not fit one GPU.
 """
+import hashlib
+import io
 import itertools
 import json
+import math
+import os
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from cache import eviction_size
-from encoder import (DTYPES, KINDS, UPDATES, attach, command_line, fingerprint, flag, model_folder, pick_compile,
-                     pick_device, pick_dtype, run_script)
-from evaluate import Options, compare, grade
-from grpo import backward, group_advantages, largest_micro_batch, micro_batches, overlong_penalty
-from model import FILE_DTYPES, ModelConfig, Tokenizer, Transformer, UserError, read_folder, reading
-from rollout import ask, check_prompts, generate, load_problems
+from cache import (DTYPES, eviction_size, everyone, first_line, free_folder, join, make_folder, model_folder,
+                   pick_compile, pick_device, pick_dtype, ranks, replacing, say, write_json, write_safetensors)
+from encoder import (KINDS, UPDATES, attach, command_line, fingerprint, flag, merge, run_config, run_script,
+                     write_adapter)
+from evaluate import Options, compare
+from grpo import Health, train_step
+from model import ModelConfig, Tokenizer, Transformer, UserError, read_folder
+from rollout import ask, check_prompts, load_problems
 
 PRESETS = {  # what differs from the defaults of Config
     "tiny": {},
@@ -79,6 +90,10 @@ class Config:
     base_steps: int = flag(350, "tiny: supervised steps that make the base model", least=1)
     test_problems: int = flag(500, "tiny: problems of each K in the table of arms, 0 for no table", least=0)
     sample_every: int = flag(20, "steps between records in samples.jsonl", least=1)
+    save_every: int = flag(20, "steps between checkpoints; the two newest are kept", least=1)
+    resume: str = flag("", "run folder that goes on where it stopped, with the flags that it began with")
+    merge: str = flag("", "run folder of --adapter lora, to be written to --out as a model of its own")
+    wandb: bool = flag(False, "send the metrics to Weights & Biases, too (pip install wandb)")
     seed: int = flag(0, "of the base, the data, the draws and the adapter", least=0)
     device: str = flag("auto", "auto: cuda, mps or cpu", ("auto", "cuda", "mps", "cpu"))
     compile: str = flag("auto", "one compiled function a token; auto: on a GPU only", ("auto", "on", "off"))
@@ -154,8 +169,8 @@ def build_base(folder, steps, seed, device):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         bar.set_postfix(loss=f"{total_loss:.3f}")
-    write_safetensors(folder / "model.safetensors", model.tensors())
-    (folder / "config.json").write_text(json.dumps(TINY, indent=1))
+    write_json(folder / "config.json", TINY)
+    write_safetensors(folder / "model.safetensors", model.tensors())            # last: where it is, the base is whole
 
 
 def write_tiny_tokenizer(folder):
@@ -171,29 +186,59 @@ def write_tiny_tokenizer(folder):
         "model": {"type": "BPE", "vocab": {c: i for i, c in enumerate("0123456789,=;")}, "merges": []}}, indent=1))
 
 
-def write_safetensors(path, tensors):
-    """Writes {name: tensor}; `path` changes only once all is written. Raises UserError."""
-    header, end, kinds = {"__metadata__": {"format": "pt"}}, 0, {dtype: kind for kind, dtype in FILE_DTYPES.items()}
-    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # wide dtypes first: all are aligned
-    for name in order:
-        first, end = end, end + tensors[name].nbytes
-        header[name] = dict(dtype=kinds[tensors[name].dtype], shape=[*tensors[name].shape], data_offsets=[first, end])
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with reading(path, "make room, or pick another folder"):
-        with open(f"{path}.tmp", "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in order:  # as bytes, for numpy has no bfloat16
-                file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        Path(f"{path}.tmp").replace(path)
+# ---------------------------------------------------------------------------------------------- what is saved
+
+
+def save(out, step, encoder, optimizer, health, files, config):
+    """Writes out/checkpoint-STEP.pt, all that the next step needs, and the adapter; the two newest checkpoints stay.
+    files {name: open file}: what has been written there so far belongs to the checkpoint. Raises UserError."""
+    for file in files.values():
+        os.fsync(file.fileno())
+    state, buffer, path = {
+        "step": step, "adapter": encoder.tensors(), "optimizer": optimizer.state_dict(), "health": asdict(health),
+        "sizes": {name: file.tell() for name, file in files.items()}}, io.BytesIO(), out / f"checkpoint-{step:06}.pt"
+    torch.save(state, buffer)
+    with replacing(path) as file:                                               # torch.load does not see a flipped bit
+        file.write(hashlib.sha256(buffer.getbuffer()).digest() + buffer.getbuffer())
+    others = sorted(set(out.glob("checkpoint-*.pt")) - {path})
+    for other in set(others) - {max((o for o in others if o < path), default=None)}:
+        other.unlink()
+    write_adapter(out, encoder, config)
+
+
+def restore(out, encoder, optimizer, health):
+    """Puts the newest sound checkpoint into encoder, optimizer and health -> its step and the sizes of the files then,
+    (0, {}) if there is none yet. Raises UserError if all are damaged."""
+    for path in (paths := sorted(out.glob("checkpoint-*.pt"), reverse=True)):
+        try:
+            data = path.read_bytes()
+            if hashlib.sha256(data[32:]).digest() != data[:32]:
+                raise ValueError("its checksum is another")
+            state, tensors = torch.load(io.BytesIO(data[32:]), weights_only=True), encoder.tensors()
+            if {n: x.shape for n, x in state["adapter"].items()} != {n: x.shape for n, x in tensors.items()}:
+                raise ValueError("it is of another run")
+            optimizer.load_state_dict(state["optimizer"])
+            for name, tensor in tensors.items():
+                tensor.copy_(state["adapter"][name])
+            vars(health).update(state["health"])
+            return state["step"], state["sizes"]
+        except Exception as error:  # a damaged file fails in many ways; each means that it is of no use
+            say(f"{path} cannot be used ({first_line(error)}); trying the one before")
+    if paths:
+        raise UserError(f"{out}: no checkpoint there can be used; start anew with another --out")
+    return 0, {}
+
+
+def appending(path, size):
+    """A file to add lines to, cut back to the size that the checkpoint knows. Raises UserError if it is shorter."""
+    file = open(path, "ab")
+    if file.tell() < size:
+        raise UserError(f"{path} is shorter than it was when the checkpoint was written; start anew with another --out")
+    file.truncate(size)
+    return file
 
 
 # ---------------------------------------------------------------------------------------------- the loop
-
-
-def learning_rate(step, c):
-    """Rises for `warmup` steps, then falls along a line to 10 % of the peak."""
-    return c.lr * min((step + 1) / max(c.warmup, 1), 1 - 0.9 * step / c.steps)
 
 
 def batches(c, problems):
@@ -209,68 +254,6 @@ def batches(c, problems):
         yield [problems[order.pop(0)] for _ in range(c.prompts)]
 
 
-def peak_memory_mb(device):
-    """The most memory that was in use, in MB (10^6 bytes): of the GPU in this step; on a CPU, of this process so far
-    (None on Windows, which does not tell)."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    try:
-        import resource
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
-
-
-def train_step(c, step, model, encoder, tokenizer, optimizer, problems):
-    """One step of GRPO: roll out, reward, replay, update. Returns the line for metrics.jsonl, and sample records."""
-    start, device = time.time(), model.embedding.weight.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    prompts = [ask(tokenizer, p["problem"]) for p in problems]
-    rollout = generate(model, encoder, prompts, c.group_size, max_new_tokens=c.max_new_tokens, window=c.window,
-                       evict_ratio=c.evict_ratio, n_ids=tokenizer.n_ids, seed=c.seed * 1_000_003 + step,
-                       compile=pick_compile(c.compile, c.device),
-                       progress="" if c.model == "tiny" else f"step {step + 1}: rollout")
-    texts = [tokenizer.decode([i for i in ids if i not in model.config.eos_ids]) for ids in rollout.completions()]
-    correct = torch.tensor([float(grade(problems[b // c.group_size], text)[1]) for b, text in enumerate(texts)],
-                           device=device)
-    rewards = correct * rollout.ended if c.data == "tally" else correct
-    if c.loss == "dapo":
-        rewards = rewards + overlong_penalty(rollout.lengths, c.max_new_tokens, c.overlong_buffer)
-    advantages = group_advantages(rewards, c.group_size, use_std=c.loss != "dr_grpo")
-    counted = rollout.lengths[advantages != 0] if c.loss == "dapo" else rollout.lengths
-    total = len(texts) * c.max_new_tokens if c.loss == "dr_grpo" else max(int(counted.sum()), 1)
-
-    if not c.micro_batch:
-        c.micro_batch = largest_micro_batch(model, encoder, rollout, c.truncate_memory)
-        print(f"--micro-batch {c.micro_batch} is the largest that fits", file=sys.stderr)
-    batches_of_rows = micro_batches(rollout, advantages, c.micro_batch, everything=c.kl_coef > 0)
-    tokens = sum(int(rollout.lengths[rows].sum()) for rows in batches_of_rows)
-    gap = 0.0
-    for epoch in range(c.inner_epochs):
-        optimizer.zero_grad()
-        parts = [backward(model, encoder, rollout, advantages, rows, total=total, clip_low=c.clip_low,
-                          clip_high=c.clip_high, kl_coef=c.kl_coef, truncate=c.truncate_memory)
-                 for rows in batches_of_rows]
-        if epoch == 0:                                                          # before the first update
-            gap = max(part["gap"] for part in parts)
-        grad_norm = torch.nn.utils.clip_grad_norm_(encoder.trainable().values(), c.max_grad_norm).item()
-        optimizer.param_groups[0]["lr"] = learning_rate(step, c)
-        optimizer.step()
-    seconds = time.time() - start
-    metrics = {
-        "step": step + 1, "reward": rewards.mean().item(), "accuracy": correct.mean().item(),
-        "response_tokens": rollout.lengths.float().mean().item(), "truncated": 1 - rollout.ended.float().mean().item(),
-        "evictions": rollout.evictions().float().mean().item(), "loss": sum(part["loss"] for part in parts),
-        "grad_norm": grad_norm, "logp_gap": gap, "ratio_clipped": sum(part["clipped"] for part in parts) / tokens,
-        "kl": sum(part["kl"] for part in parts) / tokens, "tokens_per_second": int(rollout.lengths.sum()) / seconds,
-        "peak_memory_mb": peak_memory_mb(device.type), "seconds": seconds}
-    samples = [{"step": step + 1, "prompt": problems[b // c.group_size]["problem"], "response": texts[b],
-                "answer": problems[b // c.group_size]["answer"], "reward": rewards[b].item()}
-               for b in range(0, min(len(texts), 4 * c.group_size), c.group_size)]
-    return metrics, samples
-
-
 def check(c):
     """Raises UserError for settings that cannot work, before anything is written."""
     eviction_size(c.window, c.evict_ratio)
@@ -283,28 +266,52 @@ def check(c):
     if c.model == "tiny" and 14 + c.max_new_tokens > TINY["max_position_embeddings"]:
         raise UserError(f"--max-new-tokens {c.max_new_tokens} exceeds the tiny model's context of "
                         f"{TINY['max_position_embeddings']} with its problem of 14; give less")
-    if Path(c.out).exists() and not (Path(c.out).is_dir() and not any(Path(c.out).iterdir())):
-        raise UserError(f"{c.out} already holds a run, or something else; give another --out, or remove it")
+    if c.wandb and not find_spec("wandb"):
+        raise UserError("--wandb: pip install wandb first, or leave it off; metrics.jsonl holds the same")
 
 
-def make_folder(path):
-    """Makes the run folder. Raises UserError if that cannot be done."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {path} ({error.strerror}); give another --out") from None
+NOT_KEPT = ("resume", "merge")  # in config.json
+FREE = ("steps", "save_every", "sample_every", "device", "compile", "wandb")  # may change on --resume
+
+
+def settings_of(run):
+    """The settings of a run that goes on: what it began with, and what may be given anew. Raises UserError."""
+    saved, began = run_config(run), {name: value for name, value in asdict(Config()).items() if name not in NOT_KEPT}
+    for name, value in began.items():
+        if type(saved.get(name)) is not type(value):
+            raise UserError(f"{run}/config.json: {name} is {saved.get(name, 'missing')}, no {type(value).__name__}; "
+                            "write in what it was, or start anew")
+    c = command_line(Config, __doc__, dict.fromkeys([*PRESETS, saved["preset"]], {name: saved[name] for name in began}))
+    for name in began:
+        if getattr(c, name) != saved[name] and name not in FREE or name == "steps" and c.steps < saved["steps"]:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)}: {run} has {saved[name]}, and goes on with "
+                            f"it{' or more' * (name == 'steps')}; leave it out, or start anew with another --out")
+    c.out = run
+    return c
 
 
 def main():
     c = command_line(Config, __doc__, PRESETS)
+    if c.merge:
+        return merge(c.merge, c.out)
+    if c.resume:
+        c = settings_of(c.resume)
     c.out = c.out or f"runs/{Path(c.model).name}-{c.adapter}-{c.seed}"
     check(c)
     device = pick_device(c.device)
-    out, started = Path(c.out), time.time()
+    join(c.prompts, device)
+    out, started, first = Path(c.out), time.time(), ranks()[0] == 0            # the first process alone writes
+    if first and not c.resume:
+        free_folder(c.out, "give another --out, or remove it, or go on with it: --resume")
     problems = None if c.data == "tally" else load_problems(c.data)
-    if c.model == "tiny":
+    settings = {name: value for name, value in asdict(c).items() if name not in NOT_KEPT}
+    if first and c.model == "tiny":
         make_folder(out)
-        build_base(out / "base", c.base_steps, c.seed, device)
+        if not c.resume:
+            write_json(out / "config.json", settings)
+        if not (out / "base" / "model.safetensors").exists():
+            build_base(out / "base", c.base_steps, c.seed, device)
+    everyone("there is a base")
     folder = out / "base" if c.model == "tiny" else model_folder(c.model)
     tokenizer = Tokenizer.from_folder(folder)
     model = Transformer.from_folder(folder, dtype=pick_dtype(c.dtype, device), device=device)
@@ -312,28 +319,76 @@ def main():
         check_prompts(model, [ask(tokenizer, p["problem"]) for p in problems], c.max_new_tokens)
         make_folder(out)
     torch.manual_seed(c.seed)
-    encoder = attach(model, asdict(c))
-    trainable = encoder.trainable()
-    optimizer = torch.optim.AdamW(trainable.values(), lr=c.lr, betas=(0.8, 0.99), weight_decay=0.0)
-    settings = asdict(c) | {"fingerprint": fingerprint(read_folder(folder))}    # of the model that the adapter bends
-    (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    print(f"{c.adapter} on {folder}: {sum(p.numel() for p in trainable.values()):,} trained numbers, window "
-          f"{c.window}, {c.prompts} x {c.group_size} rollouts a step, {device}; all goes to {out}", file=sys.stderr)
+    encoder, health = attach(model, asdict(c)), Health(c.micro_batch)
+    optimizer = torch.optim.AdamW(encoder.trainable().values(), lr=c.lr, betas=(0.8, 0.99), weight_decay=0.0)
+    settings |= {"fingerprint": fingerprint(read_folder(folder)),               # of the model that the adapter bends
+                 "problems": hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]}
+    start, sizes = 0, {}
+    if c.resume:
+        for name, what in (("fingerprint", folder), ("problems", f"--data {c.data}")):
+            if settings[name] != run_config(out).get(name, settings[name]):
+                raise UserError(f"{what} is not what it was when {out} began; put back what was there, or start anew")
+        start, sizes = restore(out, encoder, optimizer, health)
+    files = {}
+    if first:
+        write_json(out / "config.json", settings)
+        if start:
+            write_adapter(out, encoder, settings)                               # it was killed before that, perhaps
+        for old in out.glob("table.*") if start < c.steps else ():
+            old.unlink()                                                        # of fewer steps
+        files = {name: appending(out / name, sizes.get(name, 0)) for name in ("metrics.jsonl", "samples.jsonl")}
+        say(f"{c.adapter} on {folder}: {sum(p.numel() for p in encoder.trainable().values()):,} trained numbers, "
+            f"window {c.window}, {c.prompts} x {c.group_size} rollouts a step, {device}; all goes to {out}"
+            + f", from step {start + 1} on" * bool(c.resume))
+    stopped = train(c, start, model, encoder, tokenizer, optimizer, problems, health, files, settings)
+    if ranks()[1] > 1:
+        dist.destroy_process_group()
+    if first and stopped:
+        print(f"stopped after step {stopped} of {c.steps}; go on with: python train.py --resume {out}", flush=True)
+    elif first:
+        if c.model == "tiny" and c.test_problems:
+            table_of_arms(c, out)
+        print(f"done in {(time.time() - started) / 60:.1f} minutes; look into {out}", file=sys.stderr)
 
-    with open(out / "metrics.jsonl", "w") as metrics_file, open(out / "samples.jsonl", "w") as samples_file:
-        bar = tqdm(range(c.steps), desc="GRPO", file=sys.stderr)
-        for step, batch in zip(bar, batches(c, problems)):
-            metrics, samples = train_step(c, step, model, encoder, tokenizer, optimizer, batch)
-            print(json.dumps(metrics), file=metrics_file, flush=True)
-            if step % c.sample_every == 0 or step + 1 == c.steps:
-                for record in samples:
-                    print(json.dumps(record), file=samples_file, flush=True)
-            bar.set_postfix_str(f"reward {metrics['reward']:.3f}, {metrics['response_tokens']:.0f} tokens, "
-                                f"logp_gap {metrics['logp_gap']:.0e}, {metrics['tokens_per_second']:.0f} tokens/s")
-    write_safetensors(out / "adapter.safetensors", {name: p.detach() for name, p in trainable.items()})
-    if c.model == "tiny" and c.test_problems:
-        table_of_arms(c, out)
-    print(f"done in {(time.time() - started) / 60:.1f} minutes; look into {out}", file=sys.stderr)
+
+def train(c, start, model, encoder, tokenizer, optimizer, problems, health, files, settings):
+    """The steps from `start` on. Ctrl-C and SIGTERM end it after the step that runs, with a checkpoint -> the number of
+    that step, or None if all steps are done. files are those of the first process. Raises UserError."""
+    signals, tracker = [], None
+    if c.wandb and files:
+        import wandb
+        tracker = wandb.init(project="nanopte", name=Path(c.out).name, config=settings)
+
+    def stop(number, frame):
+        if signals:
+            raise KeyboardInterrupt                                             # asked twice: now
+        signals.append(number)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        bar = tqdm(range(start, c.steps), desc="GRPO", file=sys.stderr, initial=start, total=c.steps, disable=not files)
+        for step, batch in zip(bar, itertools.islice(batches(c, problems), start, None)):
+            metrics, samples = train_step(c, step, model, encoder, tokenizer, optimizer, batch, health)
+            over = any(everyone(bool(signals)))
+            if files:
+                numbers = {name: x if x is None or math.isfinite(x) else None for name, x in metrics.items()}  # JSON
+                some = samples if step % c.sample_every == 0 or step + 1 == c.steps else []
+                for name, records in ("metrics.jsonl", [numbers]), ("samples.jsonl", some):
+                    files[name].write("".join(json.dumps(record) + "\n" for record in records).encode())
+                    files[name].flush()
+                bar.set_postfix_str(f"reward {metrics['reward']:.3f}, {metrics['response_tokens']:.0f} tokens, "
+                                    f"logp_gap {metrics['logp_gap']:.0e}, {metrics['tokens_per_second']:.0f} tokens/s")
+                if tracker:
+                    tracker.log(metrics, step=metrics["step"])
+                if over or (step + 1) % c.save_every == 0 or step + 1 == c.steps:
+                    save(Path(c.out), step + 1, encoder, optimizer, health, files, settings)
+            if over:
+                return step + 1
+    except OSError as error:
+        raise UserError(f"{error.filename or c.out}: {error.strerror}; make room, then go on from the last checkpoint: "
+                        f"python train.py --resume {c.out}") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def table_of_arms(c, out):

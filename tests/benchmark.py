@@ -25,8 +25,8 @@ from torch.utils.benchmark import Timer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cache import eviction_size
-from encoder import DTYPES, ThoughtEncoder, command_line, flag, model_folder, pick_device, pick_dtype, run_script
+from cache import DTYPES, eviction_size, pick_device, pick_dtype
+from encoder import ThoughtEncoder, command_line, flag, model_folder, run_script
 from grpo import backward
 from model import ModelConfig, Transformer, UserError, read_json
 from rollout import generate

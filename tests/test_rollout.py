@@ -124,7 +124,8 @@ def test_what_exceeds_the_models_context_is_refused():
 
 # ---- sampling --------------------------------------------------------------------------------------------------------
 def draw(logits, temperature=1.0, top_k=0, top_p=1.0, seed=0):
-    return sample(logits, temperature, top_k, top_p, torch.Generator().manual_seed(seed))
+    u = torch.rand(len(logits), 1, generator=torch.Generator().manual_seed(seed))
+    return sample(logits, temperature, top_k, top_p, u)
 
 
 P_5 = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])                                 # probabilities of five ids

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import evaluate
+import grpo
 import rollout
 import train
 from conftest import SMALL, call, lines
@@ -18,7 +19,7 @@ from model import read_safetensors
 from rollout import command_line
 
 METRICS = ("step reward accuracy response_tokens truncated evictions loss grad_norm logp_gap ratio_clipped kl "
-           "tokens_per_second peak_memory_mb seconds").split()
+           "skipped tokens_per_second peak_memory_mb seconds").split()
 
 
 def adapter(run):
@@ -28,7 +29,8 @@ def adapter(run):
 
 def test_what_a_run_writes(trained):
     config = json.loads((trained / "config.json").read_text())
-    assert config.keys() == {f.name for f in fields(train.Config)} | {"fingerprint"} and config["window"] == 8
+    assert config.keys() == {f.name for f in fields(train.Config)} - {"resume", "merge"} | {
+        "fingerprint", "problems"} and config["window"] == 8
     assert [m["step"] for m in lines(trained / "metrics.jsonl")] == [1, 2]
     for m in lines(trained / "metrics.jsonl"):
         assert [*m] == METRICS
@@ -47,7 +49,7 @@ def test_what_a_run_writes(trained):
 def train_on_file(trained, problems, out, *flags):
     """Trains on a file; half of all texts count as right, so that there is something to learn from."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "grade", lambda problem, text: (text, sum(map(ord, text)) % 2 == 0))
+        patch.setattr(grpo, "grade", lambda problem, text: (text, sum(map(ord, text)) % 2 == 0))
         assert call(train, *SMALL, "--warmup", 0, "--group-size", 6, "--model", trained / "base", "--data", problems,
                     "--out", out, *flags) == 0
     return out
@@ -108,19 +110,19 @@ def graded(trained, texts, **changes):
         tokens=torch.tensor([row + [14] * (40 - len(row)) for row in rows]), logps=torch.zeros(len(rows), 40),
         lengths=torch.tensor([len(row) for row in rows]), ended=torch.tensor([row[-1:] == [14] for row in rows]),
         window=0, evict_size=0, n_ids=15)
-    seen, nothing = {}, dict(loss=0, clipped=0, kl=0, gap=0)
+    seen, nothing = {}, dict(loss=0, clipped=0, kl=0, gap=0, tokens=1)
 
     def advantages(rewards, group_size, **keywords):
         seen.update(rewards=rewards.tolist(), **keywords)
         return group_advantages(rewards, group_size, **keywords)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "generate", lambda *_, **__: made)
-        patch.setattr(train, "group_advantages", advantages)
-        patch.setattr(train, "backward", lambda *_, **k: seen.update(total=k["total"]) or nothing)
+        patch.setattr(grpo, "generate", lambda *_, **__: made)
+        patch.setattr(grpo, "group_advantages", advantages)
+        patch.setattr(grpo, "backward", lambda *_, **k: seen.update(total=k["total"]) or nothing)
         c = train.Config(group_size=len(rows) // 2, max_new_tokens=40, **changes)
-        train.train_step(c, 0, model, encoder, tokenizer, torch.optim.AdamW(encoder.trainable().values()),
-                         [{"problem": "12=", "answer": "042", "exact": True}] * 2)
+        grpo.train_step(c, 0, model, encoder, tokenizer, torch.optim.AdamW(encoder.trainable().values()),
+                        [{"problem": "12=", "answer": "042", "exact": True}] * 2, grpo.Health(4096))
     return seen
 
 
@@ -145,7 +147,7 @@ def test_each_loss_divides_as_it_should(trained):
 def test_rollout_prints_the_completion_and_nothing_else(trained, capsys):
     model, encoder, tokenizer, _ = rollout.load("", trained, "float32", "cpu")
     saved = read_safetensors(trained / "adapter.safetensors")
-    assert all(torch.equal(p, saved[name]) for name, p in encoder.trainable().items())
+    assert all(torch.equal(p, saved[name]) for name, p in encoder.tensors().items())
     for seed in range(100):  # until one ends by itself after two evictions
         want = rollout.generate(model, encoder, [tokenizer.encode("12=")], max_new_tokens=30, window=8, evict_ratio=0.5,
                                 n_ids=15, seed=seed, temperature=0.7)
