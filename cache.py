@@ -358,8 +358,8 @@ def make_folder(path):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file to be written (bytes), which takes the place of `path` once all of it is on the disk. If that fails `path`
-    stays what it was, and UserError says why."""
+    """A file to be written (bytes), which takes the place of `path` once all of it is on the disk. If that fails, OSError
+    says why, with `path` as its filename, and `path` stays what it was."""
     there = Path(f"{path}.tmp")
     try:
         with open(there, "wb") as file:
@@ -369,18 +369,18 @@ def replacing(path):
         there.replace(path)
     except OSError as error:
         there.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error.strerror}), which is as it was; make room, or pick another "
-                        "folder") from None
+        error.filename = str(path)
+        raise
 
 
 def write_json(path, value):
-    """Writes a file of JSON; `path` changes only once all is written. Raises UserError."""
+    """Writes a file of JSON; `path` changes only once all is written. Raises OSError."""
     with replacing(path) as file:
         file.write((json.dumps(value, indent=2) + "\n").encode())
 
 
 def write_safetensors(path, tensors):
-    """Writes {name: tensor}; `path` changes only once all is written. Raises UserError."""
+    """Writes {name: tensor}; `path` changes only once all is written. Raises OSError."""
     header, end, kinds = {"__metadata__": {"format": "pt"}}, 0, {dtype: kind for kind, dtype in FILE_DTYPES.items()}
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # wide dtypes first: all are aligned
     for name in order:

@@ -202,7 +202,7 @@ def read_adapter(run, config, folder):
 
 def write_adapter(run, encoder, config):
     """adapter.safetensors and adapter_config.json in a run's folder; of a LoRA also adapter_model.safetensors, the name
-    that PEFT looks for. config: the run's. Raises UserError."""
+    that PEFT looks for. config: the run's. Raises OSError."""
     write_safetensors(Path(run) / "adapter.safetensors", encoder.tensors())
     if encoder.kind == "lora":
         write_safetensors(Path(run) / "adapter_model.safetensors", encoder.tensors())
@@ -367,11 +367,13 @@ def run_script(main):
     """Runs a script's main(); what a person can mend is one line on stderr and exit code 2, without a traceback."""
     try:
         main()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
     except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(130)
+    except (UserError, OSError) as error:
+        text = str(error) if isinstance(error, UserError) else (
+            f"{error.filename or 'a file'}: {error.strerror or error}; make room, or pick another folder")
+        print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+        sys.exit(2)
 
 
 @dataclass

@@ -14,10 +14,9 @@ thought 27: the base can only guess, 1 in 10. GRPO, which rewards the right answ
 thought encoder to carry it.
 
 Reward of tally: R = 1 if what follows `Answer:` is the gold text, to the letter, and the rollout ended; else 0.
-Every --save-every steps, and on Ctrl-C or SIGTERM, all that the next step needs goes into a checkpoint, and `python
-train.py --resume runs/mine` goes on as if nothing had happened, bit for bit on a CPU. Data and draws are functions of
-the seed and the number of the step, so no random state is kept. Several GPUs share the problems of a step: `torchrun
---nproc_per_node=4 train.py ...`. Left out: models that do not fit one GPU.
+Every --save-every steps, and on Ctrl-C or SIGTERM, all that the next step needs goes into a checkpoint; `--resume RUN`
+goes on as if nothing had happened, bit for bit on a CPU (data and draws are functions of seed and step: no random state
+is kept). Several GPUs share the problems of a step: `torchrun --nproc_per_node=4 train.py`. Left out: models in parts.
 """
 import hashlib
 import io
@@ -47,13 +46,10 @@ from grpo import Health, train_step
 from model import ModelConfig, Tokenizer, Transformer, UserError, read_folder
 from rollout import ask, check_prompts, load_problems
 
-PRESETS = {  # what differs from the defaults of Config
-    "tiny": {},
-    "24gb": dict(rank=32, global_tokens=32, window=256, max_new_tokens=1024, prompts=8, group_size=8, micro_batch=0,
-                 steps=200, lr=1e-5),
-    "80gb": dict(rank=32, global_tokens=32, window=1024, max_new_tokens=3072, prompts=32, group_size=8, micro_batch=0,
-                 steps=200, lr=1e-5),
-}
+REAL = dict(rank=32, global_tokens=32, group_size=8, micro_batch=0, lr=1e-5)
+PRESETS = {"tiny": {},  # what differs from the defaults of Config
+           "24gb": dict(window=256, max_new_tokens=1024, prompts=8, **REAL),
+           "80gb": dict(window=1024, max_new_tokens=3072, prompts=32, **REAL)}
 
 
 @dataclass
@@ -188,10 +184,9 @@ def write_tiny_tokenizer(folder):
 
 # ---------------------------------------------------------------------------------------------- what is saved
 
-
 def save(out, step, encoder, optimizer, health, files, config):
     """Writes out/checkpoint-STEP.pt, all that the next step needs, and the adapter; the two newest checkpoints stay.
-    files {name: open file}: what has been written there so far belongs to the checkpoint. Raises UserError."""
+    files {name: open file}: what has been written there so far belongs to the checkpoint. Raises OSError."""
     for file in files.values():
         os.fsync(file.fileno())
     state, buffer, path = {
@@ -221,6 +216,8 @@ def restore(out, encoder, optimizer, health):
             for name, tensor in tensors.items():
                 tensor.copy_(state["adapter"][name])
             vars(health).update(state["health"])
+            for newer in paths[:paths.index(path)] if ranks()[0] == 0 else ():  # out of the way, but not lost
+                newer.rename(f"{newer}.damaged")
             return state["step"], state["sizes"]
         except Exception as error:  # a damaged file fails in many ways; each means that it is of no use
             say(f"{path} cannot be used ({first_line(error)}); trying the one before")
@@ -239,7 +236,6 @@ def appending(path, size):
 
 
 # ---------------------------------------------------------------------------------------------- the loop
-
 
 def batches(c, problems):
     """Endless lists of c.prompts problems: the file's, shuffled anew each time round, or fresh tallies, three steps
@@ -264,8 +260,7 @@ def check(c):
         raise UserError(f"--model {c.model} --data {c.data}: the tiny model reads tally, others a file; give a model "
                         "folder and a JSONL file, or neither")
     if c.model == "tiny" and 14 + c.max_new_tokens > TINY["max_position_embeddings"]:
-        raise UserError(f"--max-new-tokens {c.max_new_tokens} exceeds the tiny model's context of "
-                        f"{TINY['max_position_embeddings']} with its problem of 14; give less")
+        raise UserError(f"--max-new-tokens {c.max_new_tokens} exceeds the tiny model's context of 4096; give less")
     if c.wandb and not find_spec("wandb"):
         raise UserError("--wandb: pip install wandb first, or leave it off; metrics.jsonl holds the same")
 
@@ -323,13 +318,12 @@ def main():
     optimizer = torch.optim.AdamW(encoder.trainable().values(), lr=c.lr, betas=(0.8, 0.99), weight_decay=0.0)
     settings |= {"fingerprint": fingerprint(read_folder(folder)),               # of the model that the adapter bends
                  "problems": hashlib.sha256(json.dumps(problems).encode()).hexdigest()[:16]}
-    start, sizes = 0, {}
+    start, sizes, files = 0, {}, {}
     if c.resume:
         for name, what in (("fingerprint", folder), ("problems", f"--data {c.data}")):
             if settings[name] != run_config(out).get(name, settings[name]):
                 raise UserError(f"{what} is not what it was when {out} began; put back what was there, or start anew")
         start, sizes = restore(out, encoder, optimizer, health)
-    files = {}
     if first:
         write_json(out / "config.json", settings)
         if start:
@@ -383,7 +377,7 @@ def train(c, start, model, encoder, tokenizer, optimizer, problems, health, file
                     save(Path(c.out), step + 1, encoder, optimizer, health, files, settings)
             if over:
                 return step + 1
-    except OSError as error:
+    except OSError as error:  # a disk that is full, or gone
         raise UserError(f"{error.filename or c.out}: {error.strerror}; make room, then go on from the last checkpoint: "
                         f"python train.py --resume {c.out}") from None
     finally:

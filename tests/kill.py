@@ -30,8 +30,8 @@ def start(place, steps):
     flags = ["--resume", "run"]
     if not (place / "run" / "config.json").exists():                            # killed before it had begun
         shutil.rmtree(place / "run", ignore_errors=True)
-        flags = ["--out", "run", "--save-every", str(EVERY), "--steps", str(steps), *"--base-steps 15 --prompts 4 "
-                 "--group-size 8 --sample-every 5 --test-problems 8 --device cpu".split()]
+        flags = ["--out", "run", "--save-every", str(EVERY), "--steps", str(steps), *"--base-steps 15 --prompts 4 --loss dapo "
+                 "--overlong-buffer 30 --group-size 8 --sample-every 5 --test-problems 8 --device cpu".split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, TRAIN, *flags], cwd=place, env=environment, text=True,
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -77,6 +77,7 @@ def survive(place, kills, steps, seed=0, say=print):
     assert process.communicate()[1] is not None and process.returncode == 0
     length, run = time.time() - began, place / "killed" / "run"
     wanted = content(place / "undisturbed" / "run")
+    assert sum(line["grad_norm"] > 0 for line in wanted["metrics.jsonl"]) > steps / 2, "it has nothing to learn from"
     while killed < kills:
         process, began = start(place / "killed", steps), time.time()
         moment, wait_for_file = began + rng.uniform(0, length), rng.random() < 0.5
