@@ -6,10 +6,9 @@ them is read from config.json. One block, for hidden states x (B, T, C):
     h = x + Wo Attention(rope(Wq n), rope(Wk n), Wv n),   n = RMSNorm(x)
     y = h + W2 (silu(W1 m) * W3 m),                       m = RMSNorm(h)
 
-Matrices that share their input are one, stacked: `wqkv` and `w13`. The model knows nothing of windows or adapters: it
-takes a `cache` (cache.py), which says where tokens stand and what they see, and thought states `S` (encoder.py), which
-it hands to every linear layer. Below it: weights (safetensors) and text (tokenizer.json, through tiktoken). Left out:
-dropout, experts, rope scaling and tokenizers of other families.
+Matrices that share their input are stacked: `wqkv`, `w13`. The model knows nothing of windows or adapters: it takes a
+`cache` (cache.py), which says where tokens stand and what they see, and thought states `S` (encoder.py) for its linear
+layers. Below: weights (safetensors), text (tokenizer.json). Left out: dropout, experts, other scalings and tokenizers.
 
 Try it:  python rollout.py --model DIR --prompt "What is the capital of France?" --temperature 0
 """
@@ -31,6 +30,8 @@ from torch import nn
 
 class UserError(Exception):
     """Something the person at the keyboard can mend; its one-line text is all they see (exit code 2)."""
+    def __init__(self, text):  # which may quote a file, and that may hold anything, of any length
+        super().__init__(" ".join((text if len(text) < 1000 else f"{text[:500]} ... {text[-400:]}").splitlines()))
 
 
 # ---- the transformer -------------------------------------------------------------------------------------------------
@@ -85,8 +86,7 @@ def rotate(x, rope):
 
 
 class Linear(nn.Linear):
-    """y = W x + b, for one matrix or several stacked ones of `parts` rows each. The thought state S is taken and
-    ignored; encoder.AdaptedLinear, put in its place, reads it."""
+    """y = W x + b: one matrix, or several stacked, of `parts` rows each. S is for AdaptedLinear, put in its place."""
     def __init__(self, dim, *parts, bias=False):
         super().__init__(dim, sum(parts), bias)
         self.parts, self.few_rows = parts, None                                 # few_rows: cache.pack sets it
@@ -144,10 +144,9 @@ class Transformer(nn.Module):
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)  # (D/2,)
 
     def hidden(self, ids, cache=None, S=None):
-        """ids (B, T) -> the last hidden states, normed, (B, T, C).
-
-        Without a cache the tokens stand at 0..T-1 and see what is before them. With one, they are appended to it, and
-        it says where they stand and what they see. S: thought states (L, B or 1, M, R), or None for no adapter."""
+        """ids (B, T) -> the last hidden states, normed, (B, T, C). Without a cache the tokens stand at 0..T-1 and see
+        what is before them. With one, they are appended to it, and it says where they stand and what they see. S:
+        thought states (L, B or 1, M, R), or None for no adapter."""
         T = ids.shape[1]
         positions, mask = (torch.arange(T, device=ids.device)[None], None) if cache is None else cache.begin(T)
         return self.layers(ids, positions, mask, cache, S)
@@ -330,10 +329,9 @@ class Tokenizer:
         own = [*range(33, 127), *range(161, 173), *range(174, 256)]
         byte_of = {chr(b): b for b in own} | {chr(256 + k): b for k, b in enumerate(sorted({*range(256)} - {*own}))}
         spelled = {token: bytes(byte_of[c] for c in token) for token in vocab if token not in self._added}
-        # tiktoken joins the neighbours whose joined bytes rank lowest, Hugging Face the pair that is first in `merges`:
-        # the same, if tokens are ranked in the order merges first make them (for Qwen and Llama 3, that of ids). Bytes
-        # are not made, so their ranks are free, but tiktoken panics without, id or no id (SmolLM2 lacks 21). It takes a
-        # piece that has a rank as one token, where the merges end too; what none makes is ranked for `ignore_merges`.
+        # tiktoken joins the neighbours whose joined bytes rank lowest, Hugging Face the pair first in merges: the same
+        # if tokens rank in the order merges first make them. Bytes are not made, so their ranks are free, but tiktoken
+        # panics without one (SmolLM2 lacks 21). What has a rank is one token: `ignore_merges` ranks what none makes.
         ranks = {bytes([b]): b for b in range(256)}
         self._id_of_rank = [vocab.get(letter) for letter in sorted(byte_of, key=byte_of.get)]
         made = ["".join(merge).replace(" ", "") for merge in model["merges"]]  # "a b" in old files, ["a", "b"] in new
@@ -344,6 +342,8 @@ class Tokenizer:
         cut = _pattern(spec["pre_tokenizer"])
         self._bpe = tiktoken.Encoding("bpe", pat_str=cut, mergeable_ranks=ranks, special_tokens={})
         self._bytes = {vocab[t]: raw for t, raw in spelled.items()} | {i: t.encode() for t, i in self._added.items()}
+        if not all(type(i) is int and 0 <= i < 1 << 30 for i in self._bytes):
+            raise ValueError("an id that is no number from 0 on")
         self.n_ids = 1 + max(self._bytes)
         self.folder, template = folder, jinja.read_text("utf-8") if jinja.exists() else config.get("chat_template")
         templates = template if isinstance(template, list) else [{"name": "default", "template": template}]

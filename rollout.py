@@ -204,8 +204,8 @@ def as_problem(row):
         answer = ", ".join(map(str, answer)).replace("$", "")
     if isinstance(answer, str):
         answer = answer.rpartition("####")[2].strip()                           # GSM8K as published ends "#### 72"
-    if not isinstance(problem, str):
-        raise ValueError("no 'problem' (or 'question' or 'prompt') that is a text")
+    if not isinstance(problem, str) or len(problem) > 200_000:                  # tiktoken panics at a million spaces
+        raise ValueError("no 'problem' (or 'question' or 'prompt') that is a text of at most 200,000 characters")
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
         raise ValueError("no 'answer' that is a text or a number")
     return {**row, "problem": problem, "answer": str(answer)}
