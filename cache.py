@@ -358,8 +358,8 @@ def make_folder(path):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A file to be written (bytes), which takes the place of `path` once all of it is on the disk. If that fails, OSError
-    says why, with `path` as its filename, and `path` stays what it was."""
+    """A file to be written (bytes), which takes the place of `path` once all of it is on the disk. If that fails,
+    OSError says why, with `path` as its filename, and `path` stays what it was."""
     there = Path(f"{path}.tmp")
     try:
         with open(there, "wb") as file:

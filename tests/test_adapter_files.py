@@ -33,8 +33,9 @@ def test_names_and_shapes_of_a_lora_are_those_of_peft(lora):
     heads, inner = {"q_proj": 96, "k_proj": 48, "v_proj": 48}, {"gate_proj": 256, "up_proj": 256}
     wanted = {}
     for layer in range(3):
-        for name, inputs, outputs in [*((f"self_attn.{k}", 96, n) for k, n in heads.items()), ("self_attn.o_proj", 96, 96),
-                                      *((f"mlp.{k}", 96, n) for k, n in inner.items()), ("mlp.down_proj", 256, 96)]:
+        shapes = [*((f"self_attn.{k}", 96, n) for k, n in heads.items()), ("self_attn.o_proj", 96, 96),
+                  *((f"mlp.{k}", 96, n) for k, n in inner.items()), ("mlp.down_proj", 256, 96)]
+        for name, inputs, outputs in shapes:
             place = f"base_model.model.model.layers.{layer}.{name}"
             wanted |= {f"{place}.lora_A.weight": (4, inputs), f"{place}.lora_B.weight": (outputs, 4)}
     for name in ("adapter.safetensors", "adapter_model.safetensors"):
@@ -57,7 +58,8 @@ def test_each_name_holds_its_own_matrix():
         first = {"q_proj": 0, "v_proj": 48, "up_proj": 48, "o_proj": 0}[name]   # where the part begins in the outputs
         x = torch.randn(2, 3, linear.base.in_features)
         update = linear(x, torch.eye(6)[None]) - linear(x)
-        torch.testing.assert_close(update[..., first:first + len(A)], linear.scale * x @ B.T @ A.T, atol=1e-4, rtol=1e-4)
+        mine = update[..., first:first + len(A)]
+        torch.testing.assert_close(mine, linear.scale * x @ B.T @ A.T, atol=1e-4, rtol=1e-4)
 
 
 def test_peft_reads_a_lora_as_it_is(lora):
@@ -79,7 +81,8 @@ def test_peft_refuses_what_is_no_lora(trained):
 
 def test_a_merged_lora_is_a_model_of_its_own(lora, tmp_path, capsys):
     assert call(train, "--merge", lora, "--out", tmp_path / "merged") == 0
-    assert sorted(p.name for p in (tmp_path / "merged").iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    written = sorted(p.name for p in (tmp_path / "merged").iterdir())
+    assert written == ["config.json", "model.safetensors", "tokenizer.json"]
     torch.testing.assert_close(logits(tmp_path / "merged"), logits("", lora), atol=1e-4, rtol=1e-4)
     assert (logits(tmp_path / "merged") - logits(lora / "base")).abs().max() > 0.1
     assert call(rollout, "--model", tmp_path / "merged", "--raw", "--prompt", "12=", "--max-new-tokens", 3) == 0
@@ -112,7 +115,8 @@ def test_every_kind_comes_back_from_its_file(tmp_path):
         model = tiny_model()
         adapter = tiny_encoder(model, kind, R=4, M=4)
         train.write_safetensors(tmp_path / "x.safetensors", adapter.tensors())
-        saved, fresh = read_safetensors(tmp_path / "x.safetensors"), tiny_encoder(tiny_model(), kind, R=4, M=4, fresh=True)
+        saved = read_safetensors(tmp_path / "x.safetensors")
+        fresh = tiny_encoder(tiny_model(), kind, R=4, M=4, fresh=True)
         for name, tensor in fresh.tensors().items():
             tensor.copy_(saved.pop(name))
         assert not saved and all(torch.equal(p, dict(adapter.named_parameters())[name])

@@ -149,5 +149,5 @@ def test_the_largest_micro_batch_is_measured(roll, monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
         logps, span, _ = next(grpo.replay(model, encoder, r, r.lengths.argmax()[None]))
     kept = sum(size for pointer, size in held.items() if pointer not in weights)
-    assert most <= 1000 * 4096 / 2 / kept * W < 2 * most                        # a later one may keep more than the first
+    assert most <= 1000 * 4096 / 2 / kept * W < 2 * most                        # a later one may keep more
     assert not any(p.grad is not None for p in encoder.parameters())

@@ -20,9 +20,9 @@ import train
 from model import Tokenizer, Transformer, UserError, read_json
 from rollout import load_problems
 
-VALUES = [None, True, False, -1, 0, 1, 2, 7, 255, 2 ** 31, 2 ** 63, 10 ** 30, 0.5, -0.0, 1e308, float("inf"), float("nan"), "",
-          "x", "x" * 5000, "\ud800", "\x00", "../../etc/passwd", [], {}, [[]], [0] * 1000, {"": None}, "F32", "[[[", "(a+)+$",
-          {"type": "Split"}, "{{ 9 ** 9 ** 9 }}"]
+VALUES = [None, True, False, -1, 0, 1, 2, 7, 255, 2 ** 31, 2 ** 63, 10 ** 30, 0.5, -0.0, 1e308, float("inf"),
+          float("nan"), "", "x", "x" * 5000, "\ud800", "\x00", "../../etc/passwd", [], {}, [[]], [0] * 1000, {"": None},
+          "F32", "[[[", "(a+)+$", {"type": "Split"}, "{{ 9 ** 9 ** 9 }}"]
 TEXT = "Hello 12,5= <|end|> wörld 世界 \t\n  I'm 3.5"
 LIMIT = 10  # seconds a case may take; the longest builds a model of 1,000 layers (without numbers)
 
@@ -72,7 +72,8 @@ def mutated_bytes(data, rng):
     for _ in range(rng.choice((1, 1, 2, 8))):
         i, j = sorted(rng.choices(range(len(data) + 1), k=2))
         j = min(j, i + rng.choice((1, 4, 50, len(data))))
-        data[i:j] = rng.choice((b"", data[i:j] * 2, rng.randbytes(j - i), b"\x00" * (j - i), b"\xff\xfe", b'"', b"}", b"[" * 5000))
+        data[i:j] = rng.choice((b"", data[i:j] * 2, rng.randbytes(j - i), b"\x00" * (j - i), b"\xff\xfe", b'"', b"}",
+                                b"[" * 5000))
     return bytes(data)
 
 
@@ -125,7 +126,8 @@ def sound_folder(folder):
     spec["model"] |= {"vocab": vocab, "merges": merges}
     spec["added_tokens"] = [{**token, "id": 200 + n} for n, token in enumerate(spec["added_tokens"])]
     spec["normalizer"] = {"type": "NFC"}
-    regex = {"type": "Split", "pattern": {"Regex": r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"}, "behavior": "Isolated", "invert": False}
+    regex = {"type": "Split", "pattern": {"Regex": r"\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"}, "behavior": "Isolated",
+             "invert": False}
     spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [regex, spec["pre_tokenizer"] | {"use_regex": False}]}
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     (folder / "tokenizer_config.json").write_text(json.dumps({
@@ -143,8 +145,8 @@ def resident():
 
 
 def fuzz(folder, target, cases, seed, bar=lambda cases: cases):
-    """Mutates one file of the folder, again and again -> [cases that loaded, cases refused]. AssertionError for any other
-    end; the file is put back."""
+    """Mutates one file of the folder, again and again -> [cases that loaded, cases refused]. AssertionError for any
+    other end; the file is put back."""
     path, (mutate, use) = folder / target, TARGETS[target]
     sound, rng, ends = path.read_bytes(), random.Random(f"{target} {seed}"), [0, 0]
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p != path}
@@ -166,7 +168,7 @@ def fuzz(folder, target, cases, seed, bar=lambda cases: cases):
                 ends[1] += 1
             except BaseException as error:
                 Path(f"{tempfile.gettempdir()}/fuzz-{target}").write_bytes(data)
-                raise AssertionError(f"{target}, seed {seed}, case {case}: {type(error).__name__}: {error!s:.500}") from error
+                raise AssertionError(f"{target}, seed {seed}, case {case}: {error!r:.500}") from error
             finally:
                 signal.alarm(0)
             assert resident() - memory < 64e6 + 20 * len(data), f"case {case} takes {resident() - memory} bytes"
@@ -200,4 +202,5 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
         sound_folder(Path(place))
         for target in TARGETS:
-            print(target, "loaded, refused:", fuzz(Path(place), target, o.cases // len(TARGETS), o.seed, tqdm), flush=True)
+            ends = fuzz(Path(place), target, o.cases // len(TARGETS), o.seed, tqdm)
+            print(target, "loaded, refused:", ends, flush=True)

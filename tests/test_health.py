@@ -11,8 +11,8 @@ import train
 from conftest import ALL, call, gradients, lines
 from grpo import Health
 
-TINY = ("--prompts 2 --group-size 4 --window 8 --evict-ratio 0.5 --base-steps 3 --steps 6 --test-problems 0 --device cpu "
-        "--loss dapo --overlong-buffer 30").split()                             # the short are paid: there is a gradient
+TINY = ("--prompts 2 --group-size 4 --window 8 --evict-ratio 0.5 --base-steps 3 --steps 6 --test-problems 0 "
+        "--device cpu --loss dapo --overlong-buffer 30").split()                # the short are paid: there is a gradient
 
 
 def spoil(monkeypatch, steps, what):
@@ -65,7 +65,8 @@ def test_a_gap_that_is_no_rounding_warns_once(tmp_path, monkeypatch, capsys):
     assert call(train, *TINY, "--out", tmp_path / "run") == 0
     said = capsys.readouterr().err
     assert said.count("logp_gap 0.01 is above 0.001") == 1 and "step 2: logp_gap" in said
-    assert [m["logp_gap"] > 1e-3 for m in lines(tmp_path / "run" / "metrics.jsonl")] == [False] + [True] * 3 + [False] * 2
+    gaps = [m["logp_gap"] > 1e-3 for m in lines(tmp_path / "run" / "metrics.jsonl")]
+    assert gaps == [False] + [True] * 3 + [False] * 2
 
 
 @pytest.mark.parametrize("gap, dtype_limit, warned", [
@@ -149,5 +150,6 @@ def test_the_tracker_gets_what_metrics_jsonl_gets(tmp_path, monkeypatch):
         log=lambda metrics, step: logged.append((step, metrics))))
     monkeypatch.setitem(sys.modules, "wandb", fake)
     assert call(train, *TINY, "--steps", 2, "--wandb", "--out", tmp_path / "run") == 0
-    assert [step for step, _ in logged] == [1, 2] and [m for _, m in logged] == lines(tmp_path / "run" / "metrics.jsonl")
+    assert [step for step, _ in logged] == [1, 2]
+    assert [m for _, m in logged] == lines(tmp_path / "run" / "metrics.jsonl")
     assert began["name"] == "run" and began["config"]["window"] == 8

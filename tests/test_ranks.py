@@ -48,8 +48,8 @@ def gradients_of_a_step(run, path):
                      micro_batch=12, max_grad_norm=1e9, kl_coef=0.1, steps=4)
     model, encoder, tokenizer, _ = double_model(run)
     problems = next(train.batches(c, None))
-    metrics, _ = grpo.train_step(c, 0, model, encoder, tokenizer, torch.optim.SGD(encoder.trainable().values()), problems,
-                                 grpo.Health(c.micro_batch))
+    optimizer = torch.optim.SGD(encoder.trainable().values())
+    metrics, _ = grpo.train_step(c, 0, model, encoder, tokenizer, optimizer, problems, grpo.Health(c.micro_batch))
     if grpo.ranks()[0] == 0:
         torch.save(({name: p.grad for name, p in encoder.trainable().items()}, metrics), path)
 
@@ -108,11 +108,11 @@ def test_a_run_of_two_processes_is_the_run_of_one(alone, tmp_path):
 def test_torchrun_itself(alone, tmp_path):
     """The README's command, and that two processes resume what one began."""
     out = tmp_path / "run"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    how = dict(env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train.__file__]
-    done = subprocess.run([*torchrun, *TINY, "--steps", "2", "--out", out], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*torchrun, *TINY, "--steps", "2", "--out", out], **how)
     assert done.returncode == 0, done.stderr
-    done = subprocess.run([*torchrun, "--resume", out, "--steps", "4"], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*torchrun, "--resume", out, "--steps", "4"], **how)
     assert done.returncode == 0 and [m["step"] for m in lines(out / "metrics.jsonl")] == [1, 2, 3, 4], done.stderr
     assert json.loads((out / "config.json").read_text())["steps"] == 4
 

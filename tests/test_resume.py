@@ -1,4 +1,4 @@
-"""Runs that survive: an interrupted run ends as an undisturbed one does, to the last bit; what is saved is saved whole."""
+"""Runs that survive: an interrupted run ends as an undisturbed one does, to the last bit; files are written whole."""
 import errno
 import hashlib
 import io
@@ -19,7 +19,7 @@ import train
 from conftest import call, lines
 
 TINY = ("--prompts 2 --group-size 4 --window 8 --evict-ratio 0.5 --base-steps 3 --steps 6 --save-every 2 "
-        "--sample-every 3 --test-problems 0 --loss dapo --overlong-buffer 30 --device cpu").split()  # the short are paid
+        "--sample-every 3 --test-problems 0 --loss dapo --overlong-buffer 30 --device cpu").split()  # pays the short
 
 
 def interrupted(monkeypatch, after, *argv, number=signal.SIGTERM):
