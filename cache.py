@@ -74,9 +74,10 @@ class SlidingCache:
     """
 
     def __init__(self, n_layers, prompt_lengths, window, evict, max_thoughts):
-        """prompt_lengths: (B,) true lengths of the right-padded prompts. window: W, 0 for max_thoughts of them."""
+        """prompt_lengths: (B,) true lengths of the right-padded prompts. window: W; 0, or more than will ever be thought,
+        keeps all max_thoughts of them."""
         self.prompt_lengths = prompt_lengths
-        self.window, self.evict_size = window or max_thoughts, evict or max_thoughts
+        self.window, self.evict_size = (window, evict) if 0 < window < max_thoughts else (max_thoughts, max_thoughts)
         assert self.window % self.evict_size == 0
         self.P, self.n, self.oldest, self.whole = None, 0, 0, False             # whole: attention reads empty slots too
         self.keys, self.values = [None] * n_layers, [None] * n_layers

@@ -173,8 +173,13 @@ def attach(model, config):
 def run_config(run):
     """The settings of a run, as train.py wrote them. Raises UserError."""
     config = read_json(Path(run) / "config.json")
-    if "model" not in config:
-        raise UserError(f"{run}/config.json is not that of a run of train.py; give the folder that train.py wrote")
+    allowed = dict(adapter=KINDS, memory_update=UPDATES, rank=range(1, 9999), global_tokens=range(1, 9999))
+    for name, kind in dict(model=str, adapter=str, memory_update=str, rank=int, global_tokens=int, window=int,
+                           alpha=(int, float), evict_ratio=(int, float)).items():
+        value = config.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool) or value not in allowed.get(name, [value]):
+            raise UserError(f"{run}/config.json is not that of a run of train.py: {name} is {value!r:.99}; give the "
+                            "folder that train.py wrote")
     return config
 
 
@@ -354,7 +359,9 @@ def command_line(options, doc, presets=None, argv=None):
         parser.set_defaults(**presets[parser.parse_args(argv).preset])
     values = vars(parser.parse_args(argv))
     for f in fields(options):
-        least, value = f.metadata["least"], values[f.name]
+        least, value, choices = f.metadata["least"], values[f.name], f.metadata["choices"]
+        if choices and value not in choices:                                    # a default of presets, from a file
+            raise UserError(f"--{f.name.replace('_', '-')} {value}: must be one of {', '.join(choices)}")
         if get_origin(f.type) and value is not f.default:
             value = values[f.name] = tuple(chain(*value))
         for number in value if get_origin(f.type) else [value]:
@@ -370,9 +377,9 @@ def run_script(main):
     except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(130)
     except (UserError, OSError) as error:
-        text = str(error) if isinstance(error, UserError) else (
-            f"{error.filename or 'a file'}: {error.strerror or error}; make room, or pick another folder")
-        print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+        if isinstance(error, OSError):
+            error = UserError(f"{error.filename}: {error.strerror or error}; make room, or pick another folder")
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
 
 

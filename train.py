@@ -325,12 +325,12 @@ def main():
                 raise UserError(f"{what} is not what it was when {out} began; put back what was there, or start anew")
         start, sizes = restore(out, encoder, optimizer, health)
     if first:
+        files = {name: appending(out / name, sizes.get(name, 0)) for name in ("metrics.jsonl", "samples.jsonl")}
         write_json(out / "config.json", settings)
         if start:
             write_adapter(out, encoder, settings)                               # it was killed before that, perhaps
         for old in out.glob("table.*") if start < c.steps else ():
             old.unlink()                                                        # of fewer steps
-        files = {name: appending(out / name, sizes.get(name, 0)) for name in ("metrics.jsonl", "samples.jsonl")}
         say(f"{c.adapter} on {folder}: {sum(p.numel() for p in encoder.trainable().values()):,} trained numbers, "
             f"window {c.window}, {c.prompts} x {c.group_size} rollouts a step, {device}; all goes to {out}"
             + f", from step {start + 1} on" * bool(c.resume))

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import conftest  # noqa: F401  (finds the project when this is run as a script)
+import conftest
+import encoder
 import train
 from model import Tokenizer, Transformer, UserError, read_json
 from rollout import load_problems
@@ -113,7 +114,9 @@ TARGETS = {  # what is mutated, how, and what then reads the folder
     "config.json": (lambda data, rng: mutated_json(data.decode(), rng), use_model),
     "tokenizer.json": (lambda data, rng: mutated_json(data.decode(), rng), use_tokenizer),
     "tokenizer_config.json": (lambda data, rng: mutated_json(data.decode(), rng), use_tokenizer),
-    "problems.jsonl": (mutated_lines, lambda folder: load_problems(folder / "problems.jsonl"))}
+    "problems.jsonl": (mutated_lines, lambda folder: load_problems(folder / "problems.jsonl")),
+    "run/config.json": (lambda data, rng: mutated_json(data.decode(), rng),
+                        lambda folder: encoder.load("", folder / "run", "float32", "cpu"))}
 
 
 def sound_folder(folder):
@@ -135,7 +138,8 @@ def sound_folder(folder):
         "chat_template": "{% for m in messages %}{{ bos_token + m['role'] + m['content'] }}{% endfor %}"}))
     (folder / "problems.jsonl").write_text("\n".join(json.dumps({"problem": f"{n} + 1?", "answer": a, "exact": n > 1})
                                                      for n, a in enumerate(["1", 2, 3.0, "a #### 4"])))
-    for use in use_model, use_tokenizer:
+    assert conftest.call(train, *conftest.SMALL, "--test-problems", 0, "--out", folder / "run") == 0
+    for _, use in TARGETS.values():
         use(folder)
 
 
@@ -163,11 +167,12 @@ def fuzz(folder, target, cases, seed, bar=lambda cases: cases):
             try:
                 use(folder)
                 ends[0] += 1
-            except UserError as error:
+            except (UserError, OSError) as error:                               # run_script makes a line of both
+                error = UserError(str(error))
                 assert len(str(error).splitlines()) == 1 and len(str(error)) < 2000, f"case {case}: {str(error):.3000}"
                 ends[1] += 1
             except BaseException as error:
-                Path(f"{tempfile.gettempdir()}/fuzz-{target}").write_bytes(data)
+                Path(tempfile.gettempdir(), f"fuzz-{path.name}").write_bytes(data)
                 raise AssertionError(f"{target}, seed {seed}, case {case}: {error!r:.500}") from error
             finally:
                 signal.alarm(0)

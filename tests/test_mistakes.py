@@ -1,6 +1,7 @@
 """Bad input: each mistake is answered with one line that names the thing, exit code 2, and nothing is written."""
 import json
-from shutil import copytree, rmtree
+import sys
+from shutil import copyfile, copytree, rmtree
 
 import pytest
 import torch
@@ -40,8 +41,15 @@ def place(tmp_path_factory):
     write_safetensors(here / "other" / "model.safetensors", {  # of the same shape, but other weights
         name: p + 1 for name, p in read_folder(here / "run" / "base").items()})
     (here / "wordless" / "tokenizer.json").unlink()
-    copytree(here / "run", here / "unfinished")
+    for name in ("unfinished", "foreign", "typed", "choosy", "shortened", "moved"):
+        copytree(here / "run", here / name)
     (here / "unfinished" / "adapter.safetensors").unlink()
+    config = json.loads((here / "run" / "config.json").read_text())
+    (here / "foreign" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "warmup"}))
+    (here / "typed" / "config.json").write_text(json.dumps(config | {"steps": "two"}))
+    (here / "choosy" / "config.json").write_text(json.dumps(config | {"loss": "ppo"}))
+    (here / "shortened" / "metrics.jsonl").write_text("")
+    copyfile(here / "other" / "model.safetensors", here / "moved" / "base" / "model.safetensors")
     return here
 
 
@@ -58,6 +66,15 @@ MISTAKES = {  # script: [(command line, words of the one line that it says)]
         (TRAIN + "--micro-batch -1", "--micro-batch -1"), (TRAIN + "--seed -1", "--seed -1"),
         (TRAIN + "--test-problems -1", "--test-problems -1"), (TRAIN + "--lr nan", "--lr nan"),
         (TRAIN + "--adapter lora --rank 4", "lora --global-tokens --rank 4"), (TRAIN + "--device cuda", "cuda"),
+        ("--resume nowhere", "nowhere/config.json"), ("--resume run/base", "run/base/config.json train.py"),
+        ("--resume run --seed 5", "--seed 5: run 0"), ("--resume run --window 8", "--window 8: run 16"),
+        ("--resume run --out new", "--out new: run"), ("--resume run --steps 0", "--steps 0"),
+        ("--resume foreign", "foreign/config.json: warmup missing"), ("--resume typed", "typed/config.json: steps two"),
+        ("--resume choosy", "--loss ppo: grpo, dr_grpo, dapo"), ("--resume shortened", "shortened/metrics.jsonl shorter"),
+        ("--resume moved", "moved/base is not what it was"), ("--resume", "--resume"),
+        ("--merge run --out new", "run --adapter pte"), ("--merge run", "--merge run --out DIR"),
+        ("--merge nowhere --out new", "nowhere/config.json"), ("--merge run --out other", "other already holds --out"),
+        (TRAIN + "--wandb", "--wandb: pip install wandb"), (TRAIN + "--save-every 0", "--save-every 0"),
         (TRAIN + "--out run", "run already holds a run --out"), (TRAIN + "--out good.jsonl", "good.jsonl --out"),
         (TRAIN + "--out good.jsonl/new", "good.jsonl"), (TRAIN + "--max-new-tokens 9999", "9999 context"),
         (TRAIN + "--model run/base", "run/base tally"), (TRAIN + "--data good.jsonl", "good.jsonl tiny"),
@@ -111,6 +128,7 @@ def listing(folder):
 def test_a_mistake_is_answered_in_one_line(place, monkeypatch, capsys, module, line, words):
     monkeypatch.chdir(place)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "wandb", None)                             # not installed
     for left in ("new", "runs"):  # where this test failed before
         rmtree(left, ignore_errors=True)
     before = listing(place)
