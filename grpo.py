@@ -19,7 +19,8 @@ The gradient through the memory is exact all the same: S_j is rebuilt for its se
 W_V. `truncate = k` rebuilds only the last k evictions; then memory does not depend on the length of the thought at all.
 
 With one update per rollout r is 1, the clip never acts and this is plain policy gradient: `--inner-epochs 2` shows the
-clip at work. Left out: a value network, importance weights for a foreign sampler, asynchronous rollouts.
+clip at work. `train_step`, at the end, puts it all together, on one GPU or several, and tells when a run is not well.
+Left out: a value network, importance weights for a foreign sampler, asynchronous rollouts.
 
 Try it:  python train.py --inner-epochs 2
 """

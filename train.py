@@ -194,9 +194,9 @@ def save(out, step, encoder, optimizer, health, files, config):
         "sizes": {name: file.tell() for name, file in files.items()}}, io.BytesIO(), out / f"checkpoint-{step:06}.pt"
     torch.save(state, buffer)
     with replacing(path) as file:                                               # torch.load does not see a flipped bit
-        file.write(hashlib.sha256(buffer.getbuffer()).digest() + buffer.getbuffer())
-    others = sorted(set(out.glob("checkpoint-*.pt")) - {path})
-    for other in set(others) - {max((o for o in others if o < path), default=None)}:
+        file.writelines([hashlib.sha256(buffer.getbuffer()).digest(), buffer.getbuffer()])
+    others = set(out.glob("checkpoint-*.pt")) - {path}
+    for other in others - {max((o for o in others if o < path), default=None)}:
         other.unlink()
     write_adapter(out, encoder, config)
 
@@ -329,8 +329,8 @@ def main():
         write_json(out / "config.json", settings)
         if start:
             write_adapter(out, encoder, settings)                               # it was killed before that, perhaps
-        for old in out.glob("table.*") if start < c.steps else ():
-            old.unlink()                                                        # of fewer steps
+        for old in [*out.glob("*.tmp"), *(out.glob("table.*") if start < c.steps else ())]:
+            old.unlink()                                                        # half a file; a table of fewer steps
         say(f"{c.adapter} on {folder}: {sum(p.numel() for p in encoder.trainable().values()):,} trained numbers, "
             f"window {c.window}, {c.prompts} x {c.group_size} rollouts a step, {device}; all goes to {out}"
             + f", from step {start + 1} on" * bool(c.resume))

@@ -167,6 +167,14 @@ def test_memory_does_not_grow_with_the_thought():
     assert full[0] < full[1]
 
 
+def test_a_window_longer_than_the_thoughts_takes_no_more_than_they_do():
+    """Nothing would ever leave: that is a full cache, not one with empty slots."""
+    model, prompts = tiny_model(), tiny_prompts(3, 7)
+    full, wide = (generate(model, None, prompts, max_new_tokens=12, window=window) for window in (0, 64))
+    assert torch.equal(full.tokens, wide.tokens) and full.cache_megabytes == wide.cache_megabytes
+    assert not wide.evictions().any()
+
+
 @pytest.mark.parametrize("window, ratio, E", [(16, 0.25, 4), (12, 0.5, 6), (16, 1.0, 16), (10, 0.1, 1), (0, 0.25, 0),
                                               (0, 7.0, 0), (1000, 0.001, 1)])
 def test_eviction_size(window, ratio, E):

@@ -126,6 +126,7 @@ def test_problems_of_a_file_go_on_where_they_were(whole, problems, tmp_path, mon
 
 
 def test_lines_behind_the_checkpoint_are_cut_and_a_shorter_file_is_refused(half, whole, capsys):
+    (half / "checkpoint-000007.pt.tmp").write_text("half a file")
     for name in ("metrics.jsonl", "samples.jsonl"):
         with open(half / name, "a") as file:
             file.write('{"step": 6}\n{"step": 7, "rew')
