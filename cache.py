@@ -15,8 +15,8 @@ Positions are `absolute`: a key keeps the angle it was written with, a row's tho
 prompt_length + n. (StreamingLLM's positions within the cache would turn the question's keys forward by E in `evict`,
 and `begin` would lower the positions by as much: RoPE knows differences only, so the ring need not be touched.)
 
-The same class serves decoding (no gradient: thoughts are written in place) and training (the buffers are replaced by
-ones with a graph, until `detach` cuts it between two segments).
+The same class serves decoding (no gradient) and training (what was written has a graph, until `detach` cuts it between
+two segments).
 
 What never changes shape can be prepared once: at the end of the file, `Decoder` makes a decode step one function that
 that can be compiled, and recorded on a GPU; `pack` lays weights out for a CPU. Behind it, not of the cache: what all
@@ -130,11 +130,8 @@ class SlidingCache:
         if self.keys[layer] is None:                                            # the prompt
             self.keys[layer], self.values[layer] = k, v
             return k, v
-        for buffers, new in ((self.keys, k), (self.values, v)):
-            if torch.is_grad_enabled():                                         # a graph needs the old buffer unchanged
-                buffers[layer] = buffers[layer].index_copy(2, self.slots, new)
-            else:
-                buffers[layer].index_copy_(2, self.slots, new)
+        self.keys[layer].index_copy_(2, self.slots, k)                          # in place, in training too: what attention
+        self.values[layer].index_copy_(2, self.slots, v)                        # saw is not changed before `backward`
         return self.keys[layer][:, :, :self.used], self.values[layer][:, :, :self.used]
 
     def evict(self):

@@ -35,7 +35,7 @@ MUTANTS = {
         ("self.seen[:, a:a + T] = True", "self.seen[:, a:a + 1] = True"),
         ("mask[..., a:a + T] = queries <= queries[:, None]", "mask[..., a:a + T] = queries < queries[:, None]"),
         ("self.prompt_lengths[:, None] + queries, mask", "self.P + queries, mask"),
-        ("if torch.is_grad_enabled():  ", "if False:  "),
+        ("self.values[layer].index_copy_(2, self.slots, v)", "self.values[layer].index_copy_(2, self.slots, v.detach())"),
         ("a = self.P + self.oldest % self.window", "a = self.P"),
         ("self.oldest += self.evict_size", "self.oldest += 1"),
         ("        self.seen[:, a:b] = False\n", ""),

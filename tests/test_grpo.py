@@ -87,6 +87,7 @@ def test_advantages_compare_within_the_group(use_std):
     if use_std:                                                                 # of the population: sqrt(3/16), 1/4
         wanted = wanted / (torch.tensor([3 / 16, 1 / 16]).sqrt() + 0.01).repeat_interleave(4)
     torch.testing.assert_close(group_advantages(rewards, 4, use_std, eps=0.01), wanted)
+    assert group_advantages(rewards, 4)[0].item() == pytest.approx(0.75 / ((3 / 16) ** 0.5 + 1e-4), abs=1e-6)
 
 
 @pytest.mark.parametrize("use_std", [True, False])
@@ -184,5 +185,6 @@ def test_micro_batches_leave_out_rows_without_advantage():
         return [x.tolist() for x in micro_batches(r, *settings, **more)]
     assert rows(A, 16) == [[3, 0], [2, 5]]                                      # longest first, W = 8 thoughts a row
     assert rows(A, 31, everything=True) == [[1, 3, 4], [0, 2, 5]]
+    assert rows(A, 8) == [[3], [0], [2, 5]]                                     # a short row has a short segment
     assert rows(A, 100) == [[3, 0, 2, 5]] and rows(A, 3) == [[3], [0], [2], [5]]
     assert rows(A * 0, 16) == [[1]]                                             # so that logp_gap is measured

@@ -92,6 +92,13 @@ def test_a_run_without_any_reward_says_so(tmp_path, capsys):
     assert capsys.readouterr().err.count("step 10: for 10 steps") == 1
 
 
+def test_the_learning_rate_rises_and_falls_to_a_tenth():
+    c = train.Config(lr=2.0, warmup=10, steps=1000)
+    found = [grpo.learning_rate(step, c) for step in (0, 4, 9, 500, 1000)]
+    assert found == pytest.approx([0.2, 1.0, 2 * (1 - 0.9 * 9 / 1000), 1.1, 0.2])
+    assert grpo.learning_rate(0, train.Config(lr=2.0, warmup=0)) == 2.0
+
+
 # ---- out of memory ---------------------------------------------------------------------------------------------------
 def settings(**changes):
     return train.Config(**{"micro_batch": 4096, **changes})

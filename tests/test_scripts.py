@@ -206,3 +206,11 @@ def test_exit_codes_and_streams(trained, line, code, words):
     done = subprocess.run([sys.executable, Path(train.__file__).parent / script, *argv], capture_output=True, text=True)
     assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1 and (code == 0) == (done.stdout != "")
+
+
+def test_every_step_and_every_seed_draws_anew(tmp_path, monkeypatch):
+    seeds, real = [], grpo.generate
+    monkeypatch.setattr(grpo, "generate", lambda *rest, **how: seeds.append(how["seed"]) or real(*rest, **how))
+    for seed in (0, 1):
+        assert call(train, *SMALL, "--test-problems", 0, "--seed", seed, "--out", tmp_path / str(seed)) == 0
+    assert len(set(seeds)) == len(seeds) == 4
