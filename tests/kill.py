@@ -31,7 +31,8 @@ def start(place, steps):
     if not (place / "run" / "config.json").exists():                            # killed before it had begun
         shutil.rmtree(place / "run", ignore_errors=True)
         flags = ["--out", "run", "--save-every", str(EVERY), "--steps", str(steps), *"--base-steps 15 --prompts 4 "
-                 "--loss dapo --overlong-buffer 30 --group-size 8 --sample-every 5 --test-problems 8 --device cpu".split()]
+                 "--loss dapo --overlong-buffer 30 --lr 1e-4 --group-size 8 --sample-every 5 --test-problems 8 "
+                 "--device cpu".split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, TRAIN, *flags], cwd=place, env=environment, text=True,
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
