@@ -65,13 +65,17 @@ class AdaptedLinear(nn.Module):
         if S is None:
             return y
         A, B = self.ready if self.ready and not torch.is_grad_enabled() else self.matrices(x.dtype)
-        z = F.linear(x, B).view(len(x), -1, S.shape[2])                         # (B, T, parts*R) -> (B, T*parts, R)
-        z = z @ S.to(x.dtype).transpose(1, 2)                                   # (B, T*parts, R) -> (B, T*parts, M)
-        return y + F.linear(z.view(*x.shape[:2], -1), A)                        # (B, T, parts*M) -> (B, T, out)
+        S = S.to(x.dtype).transpose(1, 2).expand(len(x), -1, -1)                # (B or 1, M, R) -> (B, R, M)
+        z = (x.flatten(0, 1) @ B).view(len(x), -1, S.shape[1])                  # (B*T, parts*R) -> (B, T*parts, R)
+        z = torch.bmm(z, S).view(-1, len(A))                                    # (B, T*parts, M) -> (B*T, parts*M)
+        y.view(-1, A.shape[1]).addmm_(z, A)                                     # (B*T, out): added where y stands
+        return y
 
     def matrices(self, dtype):
-        """alpha/R * A, with the A of each part in a block of its own (out, parts*M), and B, in the base's dtype."""
-        return (torch.block_diag(*self.A.split(self.base.parts)) * self.scale).to(dtype), self.B.to(dtype)
+        """alpha/R * A^T, with the A of each part in a block of its own, (parts*M, out), and B^T (in, parts*R), in the
+        base's dtype. Transposed as products with few rows read them fastest."""
+        A = torch.block_diag(*self.A.split(self.base.parts)).T * self.scale
+        return A.to(dtype), self.B.T.to(dtype)
 
 
 class ThoughtEncoder(nn.Module):
@@ -133,7 +137,7 @@ class ThoughtEncoder(nn.Module):
         """Before decoding: computes once what does not change from token to token. After it: None forgets that."""
         with torch.no_grad():
             for linear in self.linears.values():
-                linear.ready = dtype and linear.matrices(dtype)
+                linear.ready = dtype and [x.contiguous() for x in linear.matrices(dtype)]
 
     def trainable(self):
         """The tensors to train and save, {name: parameter}: h_g, W_Q, W_K, W_V and every A and B."""

@@ -54,10 +54,10 @@ MUTANTS = {
     ],
     "encoder.py": [
         ("alpha / R, None", "alpha / M, None"),
-        ("torch.block_diag(*self.A.split(self.base.parts)) * self.scale",
-         "torch.block_diag(*self.A.split(self.base.parts))"),
+        ("torch.block_diag(*self.A.split(self.base.parts)).T * self.scale",
+         "torch.block_diag(*self.A.split(self.base.parts)).T"),
         ("self.ready if self.ready and not torch.is_grad_enabled() else", "self.ready if self.ready else"),
-        ("z @ S.to(x.dtype).transpose(1, 2)", "z @ S.to(x.dtype).transpose(1, 2).flip(1)"),
+        ("torch.bmm(z, S).view", "torch.bmm(z, S.flip(1)).view"),
         ("torch.zeros(base.out_features, M)", "torch.full((base.out_features, M), 1e-4)"),
         ("self.attend(self.h_g[:, None], self.h_g[:, None])",
          "self.attend(self.h_g[:, None], self.h_g[:, None].flip(2))"),
