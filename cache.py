@@ -82,12 +82,14 @@ class SlidingCache:
         self.P, self.n, self.oldest, self.whole = None, 0, 0, False             # whole: attention reads empty slots too
         self.keys, self.values = [None] * n_layers, [None] * n_layers
 
-    def spread(self, rows):
-        """Gives every rollout its own row: rows (B,) names, for each, the prompt it continues. Adds the empty ring."""
-        self.prompt_lengths = self.prompt_lengths[rows]
+    def spread(self, rows, multiple=1):
+        """Gives every rollout its own row: rows (B,) names, for each, the prompt it continues. Adds the empty ring.
+        P grows to a multiple of `multiple`, by slots that nobody sees: so there are few shapes to compile for."""
+        self.prompt_lengths, extra = self.prompt_lengths[rows], -self.P % multiple
+        self.P += extra
         for buffers in (self.keys, self.values):
             for layer, x in enumerate(buffers):
-                ring = x.new_zeros(len(rows), x.shape[1], self.window, x.shape[3])
+                ring = x.new_zeros(len(rows), x.shape[1], extra + self.window, x.shape[3])
                 buffers[layer] = torch.cat([x[rows], ring], dim=2)              # (B, KV, P + W, D)
         columns = torch.arange(self.P + self.window, device=rows.device)
         self.seen = columns < self.prompt_lengths[:, None]                      # (B, P + W) what a new thought looks at
@@ -170,7 +172,7 @@ class Decoder:
     def __init__(self, model, cache, compile=False):
         self.model, self.cache, self.compile, self.graph = model, cache, compile, None
         cache.whole = compile
-        self.layers = compiled_layers(model) if compile else model.layers
+        self.layers = compiled_layers(model, len(cache.seen)) if compile else model.layers
         pack(model, len(cache.seen), compile)
 
     def __call__(self, tokens, S):
@@ -205,26 +207,35 @@ class Decoder:
             self.hidden = self.layers(*arguments)
 
 
-def compiled_layers(model):
-    """model.layers, compiled once for each shape that it meets; kept with the model."""
+def compiled_layers(model, rows):
+    """model.layers, compiled once for each shape that it meets; kept with the model. On a CPU, for several rows, the
+    frozen weights are compiled in, laid out as MKL wants them: they must not change any more."""
+    mark, on_cpu = sum(p._version for p in model.parameters()), model.embedding.weight.device.type == "cpu"
     if not hasattr(model, "compiled"):
         torch._dynamo.config.recompile_limit = 64                             # numbers of rows, times widths of prompts
-        options = {"cpp_wrapper": True} if model.embedding.weight.device.type == "cpu" else None
-        model.compiled = torch.compile(model.layers, fullgraph=True, dynamic=False, options=options)
+        model.compiled, model.mark = torch.compile(model.layers, fullgraph=True, dynamic=False), mark
+    assert model.mark == mark, "the weights of a compiled model have changed"
+    torch._inductor.config.cpp_wrapper = on_cpu
+    torch._inductor.config.freezing = on_cpu and rows > 1 and small(model)
     return model.compiled
+
+
+def small(model):
+    """Below 2 GB: a second copy of the weights, laid out for speed, may be afforded."""
+    return sum(p.nbytes for p in model.parameters()) < 1 << 31
 
 
 def pack(model, rows, compile=False):
     """On a CPU, gives every Linear a copy of its frozen weight as products with few rows (a decode step's) read it
-    fastest: column by column for one row, in oneDNN's blocks for more (which a compiled function cannot hold). The
-    numbers are the same, the memory is double: so for models below 2 GB only."""
-    small = sum(p.nbytes for p in model.parameters()) < 1 << 31
+    fastest: column by column for one row, in oneDNN's blocks for more (in compiled layers others do that). The numbers
+    are the same, the memory is double: so for small models only."""
+    affordable = small(model)
     for linear in model.modules():
         if isinstance(linear, Linear):
             w, bias = linear.weight.detach(), linear.bias
             plain = w.device.type == "cpu" and w.dtype == torch.float32
-            some = 1 < rows <= 64 and torch.backends.mkldnn.is_available() and not compile
-            packs = small and plain and (rows == 1 or some)
+            blocks = 1 < rows <= 64 and torch.backends.mkldnn.is_available() and (not compile or linear is getattr(model, "head", 0))
+            packs = affordable and plain and (rows == 1 or blocks)
             mark = packs and (rows == 1, w.data_ptr(), w._version)              # or it has been done before
             if getattr(linear.few_rows, "mark", False) == mark:
                 continue

@@ -100,7 +100,7 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
     device = model.embedding.weight.device
     prompt_lengths = torch.tensor([len(p) for p in prompts], device=device)
     check_prompts(model, prompts, max_new_tokens)
-    P = max(map(len, prompts)) if not compile else -(-max(map(len, prompts)) // 64) * 64  # few widths to compile for
+    P = max(map(len, prompts))
     prompt_ids = torch.tensor([p + [0] * (P - len(p)) for p in prompts], device=device)  # (N, P)
     rows = torch.arange(len(prompts), device=device).repeat_interleave(group_size)       # (B,)
     B, n_ids = len(rows), n_ids or model.config.vocab_size
@@ -114,7 +114,7 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
     S = encoder.read(U) if encoder else None
     hidden = model.hidden(prompt_ids, cache, S)                                 # (N, P, C)
     hidden = hidden[torch.arange(len(prompts), device=device), prompt_lengths - 1][rows]  # (N, C) -> (B, C)
-    cache.spread(rows)
+    cache.spread(rows, 64 if compile else 1)
     megabytes = cache.megabytes
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(B, max_new_tokens, device=device)

@@ -159,6 +159,21 @@ def test_pads_of_short_prompts_are_never_seen():
     assert all(torch.equal(a, b) for a, b in zip(*states))
 
 
+def test_a_prompt_region_of_few_widths_changes_nothing():
+    """Slots between the prompt and the ring, which nobody sees: one shape for prompts of all lengths."""
+    model, prompts, logits = tiny_model(), torch.tensor(tiny_prompts(5, 5)), []
+    for multiple in (1, 16):
+        cache = SlidingCache(2, torch.tensor([5, 3]), 8, 2, 30)
+        model.hidden(prompts, cache)
+        cache.spread(torch.tensor([0, 1, 1]), multiple)
+        assert cache.P == {1: 5, 16: 16}[multiple] and cache.keys[0].shape[2] == cache.P + 8 == cache.seen.shape[1]
+        for t in range(20):
+            if cache.full:
+                cache.evict()
+            logits.append(model(torch.full((3, 1), t), cache))
+    torch.testing.assert_close(logits[:20], logits[20:], atol=1e-4, rtol=1e-4)
+
+
 def test_memory_does_not_grow_with_the_thought():
     model, prompts = tiny_model(), tiny_prompts(4)
     sizes = [generate(model, None, prompts, max_new_tokens=T, window=8).cache_megabytes for T in (10, 60)]

@@ -23,13 +23,20 @@ def test_compiled_decoding_draws_the_same_tokens(kind):
     eager = generate(model, encoder, **settings)
     assert len({*eager.lengths.tolist()}) > 3 and eager.evictions().max() > 4
     compiled = generate(model, encoder, compile=True, **settings)
-    assert compiled.prompt_ids.shape[1] == 64                                   # few widths, few shapes to compile for
     assert torch.equal(eager.lengths, compiled.lengths) and eager.completions() == compiled.completions()
     counts = torch.arange(eager.logps.shape[1]) < eager.lengths[:, None]
     assert (eager.logps - compiled.logps).abs()[counts].max() < 1e-4
     for logps, span, rows in grpo.replay(model, encoder, compiled, ALL) if encoder else ():  # the replay fits it, too
         counts = torch.arange(span.start, span.stop) < compiled.lengths[rows, None]
         assert (logps - compiled.logps[rows, span]).abs()[counts].max() < 1e-4
+    if encoder:                                                                 # an update is seen by what is compiled
+        for p in encoder.trainable().values():
+            p.data.mul_(0.5)
+        again = generate(model, encoder, compile=True, **settings)
+        assert again.completions() == generate(model, encoder, **settings).completions() != eager.completions()
+    model.norm.weight.mul_(2)                                                   # weights are compiled in
+    with pytest.raises(AssertionError, match="weights of a compiled model"):
+        generate(model, encoder, compile=True, **settings)
 
 
 @pytest.mark.parametrize("compile", [False, True])
