@@ -74,8 +74,8 @@ class SlidingCache:
     """
 
     def __init__(self, n_layers, prompt_lengths, window, evict, max_thoughts):
-        """prompt_lengths: (B,) true lengths of the right-padded prompts. window: W; 0, or more than will ever be thought,
-        keeps all max_thoughts of them."""
+        """prompt_lengths: (B,) true lengths of the right-padded prompts. window: W; 0, or one that max_thoughts never
+        fill, keeps them all."""
         self.prompt_lengths = prompt_lengths
         self.window, self.evict_size = (window, evict) if 0 < window < max_thoughts else (max_thoughts, max_thoughts)
         assert self.window % self.evict_size == 0
@@ -132,8 +132,8 @@ class SlidingCache:
         if self.keys[layer] is None:                                            # the prompt
             self.keys[layer], self.values[layer] = k, v
             return k, v
-        self.keys[layer].index_copy_(2, self.slots, k)                          # in place, in training too: what attention
-        self.values[layer].index_copy_(2, self.slots, v)                        # saw is not changed before `backward`
+        self.keys[layer].index_copy_(2, self.slots, k)                          # in place, in training too, where
+        self.values[layer].index_copy_(2, self.slots, v)                        # `backward` comes before the next segment
         return self.keys[layer][:, :, :self.used], self.values[layer][:, :, :self.used]
 
     def evict(self):
@@ -210,13 +210,13 @@ class Decoder:
 def compiled_layers(model, rows):
     """model.layers, compiled once for each shape that it meets; kept with the model. On a CPU, for several rows, the
     frozen weights are compiled in, laid out as MKL wants them: they must not change any more."""
-    mark, on_cpu = sum(p._version for p in model.parameters()), model.embedding.weight.device.type == "cpu"
+    mark = sum(p._version for p in model.parameters() if not p.requires_grad)
+    on_cpu = model.norm.weight.device.type == "cpu"
     if not hasattr(model, "compiled"):
         torch._dynamo.config.recompile_limit = 64                             # numbers of rows, times widths of prompts
         model.compiled, model.mark = torch.compile(model.layers, fullgraph=True, dynamic=False), mark
     assert model.mark == mark, "the weights of a compiled model have changed"
-    torch._inductor.config.cpp_wrapper = on_cpu
-    torch._inductor.config.freezing = on_cpu and rows > 1 and small(model)
+    torch._inductor.config.cpp_wrapper, torch._inductor.config.freezing = on_cpu, on_cpu and rows > 1 and small(model)
     return model.compiled
 
 
@@ -229,23 +229,20 @@ def pack(model, rows, compile=False):
     """On a CPU, gives every Linear a copy of its frozen weight as products with few rows (a decode step's) read it
     fastest: column by column for one row, in oneDNN's blocks for more (in compiled layers others do that). The numbers
     are the same, the memory is double: so for small models only."""
-    affordable = small(model)
+    affordable, few = small(model), 1 < rows <= 64 and torch.backends.mkldnn.is_available()
     for linear in model.modules():
         if isinstance(linear, Linear):
             w, bias = linear.weight.detach(), linear.bias
             plain = w.device.type == "cpu" and w.dtype == torch.float32
-            blocks = 1 < rows <= 64 and torch.backends.mkldnn.is_available() and (not compile or linear is getattr(model, "head", 0))
+            blocks = few and (not compile or linear is getattr(model, "head", None))
             packs = affordable and plain and (rows == 1 or blocks)
             mark = packs and (rows == 1, w.data_ptr(), w._version)              # or it has been done before
             if getattr(linear.few_rows, "mark", False) == mark:
                 continue
-            if not packs:
-                linear.few_rows = None
-            elif rows == 1:
-                linear.few_rows = partial(F.linear, weight=w.t().contiguous().t(), bias=bias)
-            else:
-                linear.few_rows = partial(blocked, w, torch.ops.mkldnn._reorder_linear_weight(w, rows), bias)
+            linear.few_rows = None
             if packs:
+                linear.few_rows = partial(F.linear, weight=w.t().contiguous().t(), bias=bias) if rows == 1 else partial(
+                    blocked, w, torch.ops.mkldnn._reorder_linear_weight(w, rows), bias)
                 linear.few_rows.mark = mark
 
 

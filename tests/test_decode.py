@@ -30,8 +30,9 @@ def test_compiled_decoding_draws_the_same_tokens(kind):
         counts = torch.arange(span.start, span.stop) < compiled.lengths[rows, None]
         assert (logps - compiled.logps[rows, span]).abs()[counts].max() < 1e-4
     if encoder:                                                                 # an update is seen by what is compiled
-        for p in encoder.trainable().values():
-            p.data.mul_(0.5)
+        with torch.no_grad():
+            for p in encoder.trainable().values():
+                p.mul_(0.5)
         again = generate(model, encoder, compile=True, **settings)
         assert again.completions() == generate(model, encoder, **settings).completions() != eager.completions()
     model.norm.weight.mul_(2)                                                   # weights are compiled in
