@@ -132,8 +132,8 @@ class SlidingCache:
         if self.keys[layer] is None:                                            # the prompt
             self.keys[layer], self.values[layer] = k, v
             return k, v
-        self.keys[layer].index_copy_(2, self.slots, k)                          # in place, in training too, where
-        self.values[layer].index_copy_(2, self.slots, v)                        # `backward` comes before the next segment
+        self.keys[layer].index_copy_(2, self.slots, k)                          # in place, in training too: `backward`
+        self.values[layer].index_copy_(2, self.slots, v)                        # comes before the next segment
         return self.keys[layer][:, :, :self.used], self.values[layer][:, :, :self.used]
 
     def evict(self):
