@@ -114,7 +114,7 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
     S = encoder.read(U) if encoder else None
     hidden = model.hidden(prompt_ids, cache, S)                                 # (N, P, C)
     hidden = hidden[torch.arange(len(prompts), device=device), prompt_lengths - 1][rows]  # (N, C) -> (B, C)
-    cache.spread(rows, 64 if compile else 1)
+    cache.spread(rows, 32 if compile else 1)
     megabytes = cache.megabytes
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(B, max_new_tokens, device=device)
