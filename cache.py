@@ -208,15 +208,15 @@ class Decoder:
 
 
 def compiled_layers(model, rows):
-    """model.layers, compiled once for each shape that it meets; kept with the model. On a CPU, for several rows, the
-    frozen weights are compiled in, laid out as MKL wants them: they must not change any more."""
-    mark = sum(p._version for p in model.parameters() if not p.requires_grad)
-    on_cpu = model.norm.weight.device.type == "cpu"
+    """model.layers, compiled once for each shape that it meets; kept with the model. On a CPU, for several rows and no
+    adapter, the weights are compiled in, laid out as MKL wants them: they must not change any more."""
+    mark, on_cpu = sum(p._version for p in model.parameters()), model.norm.weight.device.type == "cpu"
+    fixed = on_cpu and rows > 1 and small(model) and not any(p.requires_grad for p in model.parameters())
     if not hasattr(model, "compiled"):
         torch._dynamo.config.recompile_limit = 64                             # numbers of rows, times widths of prompts
         model.compiled, model.mark = torch.compile(model.layers, fullgraph=True, dynamic=False), mark
-    assert model.mark == mark, "the weights of a compiled model have changed"
-    torch._inductor.config.cpp_wrapper, torch._inductor.config.freezing = on_cpu, on_cpu and rows > 1 and small(model)
+    assert model.mark == mark or not fixed, "the weights of a compiled model have changed"
+    torch._inductor.config.cpp_wrapper, torch._inductor.config.freezing = on_cpu, fixed
     return model.compiled
 
 
