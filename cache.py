@@ -15,8 +15,7 @@ Positions are `absolute`: a key keeps the angle it was written with, a row's tho
 prompt_length + n. (StreamingLLM's positions within the cache would turn the question's keys forward by E in `evict`,
 and `begin` would lower the positions by as much: RoPE knows differences only, so the ring need not be touched.)
 
-The same class serves decoding (no gradient) and training (what was written has a graph, until `detach` cuts it between
-two segments).
+The same class serves decoding and training (what was written has a graph, until `detach` cuts it between segments).
 
 What never changes shape can be prepared once: at the end of the file, `Decoder` makes a decode step one function that
 that can be compiled, and recorded on a GPU; `pack` lays weights out for a CPU. Behind it, not of the cache: what all
@@ -26,6 +25,7 @@ Left out: eviction by attention scores (H2O, PyramidKV, HeadKV), paging, quantis
 
 Try it:  python rollout.py --model DIR --prompt "Tell me a story." --window 64 --show-evictions
 """
+import atexit
 import contextlib
 import json
 import os
@@ -248,9 +248,8 @@ def pack(model, rows, compile=False):
 
 def blocked(weight, packed, bias, x):
     """x (..., in) -> (..., out), by oneDNN; for one row it is slower than the plain product."""
-    if x.numel() == x.shape[-1]:
-        return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    one = x.numel() == x.shape[-1]
+    return F.linear(x, weight, bias) if one else torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 def halved(size, least):
@@ -317,6 +316,7 @@ def join(prompts, device):
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())  # or its threads abort the exit
 
 
 FETCHED = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
