@@ -18,7 +18,7 @@ and `begin` would lower the positions by as much: RoPE knows differences only, s
 The same class serves decoding and training (what was written has a graph, until `detach` cuts it between segments).
 
 What never changes shape can be prepared once: at the end of the file, `Decoder` makes a decode step one function that
-that can be compiled, and recorded on a GPU; `pack` lays weights out for a CPU. Behind it, not of the cache: what all
+can be compiled, and recorded on a GPU; `pack` lays weights out for a CPU. Behind it, not of the cache: what all
 files need of the machine (devices, processes, folders), and how a file is written so that no failure leaves half of it.
 
 Left out: eviction by attention scores (H2O, PyramidKV, HeadKV), paging, quantised keys.
@@ -213,7 +213,7 @@ def compiled_layers(model, rows):
     mark, on_cpu = sum(p._version for p in model.parameters()), model.norm.weight.device.type == "cpu"
     fixed = on_cpu and rows > 1 and small(model) and not any(p.requires_grad for p in model.parameters())
     if not hasattr(model, "compiled"):
-        torch._dynamo.config.recompile_limit = 64                             # numbers of rows, times widths of prompts
+        torch._dynamo.config.recompile_limit = 64  # numbers of rows, times widths of prompts
         model.compiled, model.mark = torch.compile(model.layers, fullgraph=True, dynamic=False), mark
     assert model.mark == mark or not fixed, "the weights of a compiled model have changed"
     torch._inductor.config.cpp_wrapper, torch._inductor.config.freezing = on_cpu, fixed
@@ -282,7 +282,7 @@ def pick_dtype(name, device):
 
 
 def pick_compile(name, device):
-    """auto -> on a GPU only: on a CPU compiling takes half a minute and a C++ compiler. device: as for pick_device.
+    """auto -> on a GPU only: on a CPU compiling takes most of a minute and a C++ compiler. device: as for pick_device.
     Raises UserError where there is no compiler."""
     if name == "on" and pick_device(device) != "cuda" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
         raise UserError("--compile on: this machine has no C++ compiler (g++ or clang++); install one, or leave it off")

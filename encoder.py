@@ -281,7 +281,7 @@ def arms(folder, runs):
         name = config["adapter"]
         name = {"pte": "PTE", "lora": "LoRA_c" if config["window"] else "LoRA"}.get(name, name)
         settings = {k: v for k, v in config.items() if k not in ("seed", "out", "fingerprint", "device", "dtype",
-                                                                "compile")}
+                                                                "compile", "save_every", "sample_every", "wandb")}
         add(name, settings, base, run, fingerprint(read_adapter(run, config, base), config))
     return list(found.values())
 
