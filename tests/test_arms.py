@@ -120,7 +120,8 @@ def test_one_window_has_no_table_of_windows_and_columns_come_as_asked(trained, d
 def test_arms_have_names(trained, tmp_path, monkeypatch):
     """Runs that differ in the seed, in where they lie or what computed them are one arm; if in more, another."""
     monkeypatch.setattr(encoder, "read_adapter", lambda run, *_: read_safetensors(run + "/adapter.safetensors"))
-    same = dict(seed=7, out="x", device="cuda", dtype="bfloat16", compile="on", save_every=7, sample_every=3, wandb=True)
+    same = dict(seed=7, out="x", device="cuda", dtype="bfloat16", compile="on", save_every=7, sample_every=3,
+                wandb=True)
     lora, slow = dict(adapter="lora"), dict(lr=1e-5)
     runs = [str(variant(trained, tmp_path / name, **changes)) for name, changes in {
         "pte": {}, "again": same, "slow": slow, "x/slow": slow | dict(seed=1), "x/pte": dict(lr=2e-5),
