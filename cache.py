@@ -17,9 +17,8 @@ and `begin` would lower the positions by as much: RoPE knows differences only, s
 
 The same class serves decoding and training (what was written has a graph, until `detach` cuts it between segments).
 
-What never changes shape can be prepared once: at the end of the file, `Decoder` makes a decode step one function that
-can be compiled, and recorded on a GPU; `pack` lays weights out for a CPU. Behind it, not of the cache: what all
-files need of the machine (devices, processes, folders), and how a file is written so that no failure leaves half of it.
+`Decoder` makes a decode step, whose shapes never change, one function: compiled, on a GPU recorded. `pack` lays weights
+out for a CPU. Last, not of the cache: devices, processes, folders, and files that are never left half written.
 
 Left out: eviction by attention scores (H2O, PyramidKV, HeadKV), paging, quantised keys.
 
@@ -177,13 +176,11 @@ class Decoder:
 
     def __call__(self, tokens, S):
         positions, mask = self.cache.begin(1)
-        if not self.compile:
-            return self.layers(tokens[:, None], positions, mask, self.cache, S)
-        if S is not None and S.shape[1] == 1:                                   # one for all rows, before any eviction
+        if self.compile and S is not None and S.shape[1] == 1:                  # one for all rows, before any eviction
             S = S.expand(-1, len(tokens), -1, -1).contiguous()
+        if not (self.compile and tokens.is_cuda):
+            return self.layers(tokens[:, None], positions, mask, self.cache, S)
         inputs = [tokens[:, None], positions, mask, self.cache.slots] + [S] * (S is not None)
-        if not tokens.is_cuda:
-            return self.layers(*inputs[:3], self.cache, S)
         if self.graph is None or len(self.inputs[0]) != len(tokens):
             self.record([x.clone() for x in inputs])
         for kept, new in zip(self.inputs, inputs):
@@ -209,15 +206,19 @@ class Decoder:
 
 def compiled_layers(model, rows):
     """model.layers, compiled once for each shape that it meets; kept with the model. On a CPU, for several rows and no
-    adapter, the weights are compiled in, laid out as MKL wants them: they must not change any more."""
-    mark, on_cpu = sum(p._version for p in model.parameters()), model.norm.weight.device.type == "cpu"
+    adapter, the weights are compiled in, laid out as MKL wants them. What PyTorch would check of the model at every
+    token is checked once a rollout: that those weights are what they were (an adapter is told by its S)."""
+    on_cpu = model.norm.weight.device.type == "cpu"
     fixed = on_cpu and rows > 1 and small(model) and not any(p.requires_grad for p in model.parameters())
-    if not hasattr(model, "compiled"):
-        torch._dynamo.config.recompile_limit = 64  # numbers of rows, times widths of prompts
-        model.compiled, model.mark = torch.compile(model.layers, fullgraph=True, dynamic=False), mark
-    assert model.mark == mark or not fixed, "the weights of a compiled model have changed"
+    kind = fixed, fixed and sum(p._version for p in model.parameters())
+    model.compiled = getattr(model, "compiled", {})
+    if kind not in model.compiled:
+        skip = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        more = dict(options={"guard_filter_fn": skip}, isolate_recompiles=True) if on_cpu else {}
+        model.compiled[kind] = torch.compile(model.layers, fullgraph=True, dynamic=False, **more)
+    torch._dynamo.config.recompile_limit = 64  # numbers of rows, times widths of prompts
     torch._inductor.config.cpp_wrapper, torch._inductor.config.freezing = on_cpu, fixed
-    return model.compiled
+    return model.compiled[kind]
 
 
 def small(model):
@@ -236,11 +237,10 @@ def pack(model, rows, compile=False):
             plain = w.device.type == "cpu" and w.dtype == torch.float32
             blocks = few and (not compile or linear is getattr(model, "head", None))
             packs = affordable and plain and (rows == 1 or blocks)
-            mark = packs and (rows == 1, w.data_ptr(), w._version)              # or it has been done before
-            if getattr(linear.few_rows, "mark", False) == mark:
-                continue
-            linear.few_rows = None
-            if packs:
+            mark = rows == 1, w.data_ptr(), w._version                          # or it has been done before
+            if not packs:
+                linear.few_rows = None
+            elif getattr(linear.few_rows, "mark", None) != mark:
                 linear.few_rows = partial(F.linear, weight=w.t().contiguous().t(), bias=bias) if rows == 1 else partial(
                     blocked, w, torch.ops.mkldnn._reorder_linear_weight(w, rows), bias)
                 linear.few_rows.mark = mark

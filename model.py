@@ -128,7 +128,9 @@ class Block(nn.Module):
         else:  # the G heads that share keys are further rows of one product: no key is copied for its heads
             k, v = cache.write(layer, k, v)                                     # (B, KV, slots, D)
             q = q.reshape(B, k.shape[1], -1, self.head_dim)                     # (B, H, T, D) -> (B, KV, G*T, D)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, -1, T, self.head_dim)
+            written_out = B == 1 and q.dtype == torch.float32 and torch.compiler.is_compiling()  # then it is faster
+            y = ((q @ k.mT * self.head_dim ** -0.5 + mask).softmax(dim=-1) @ v if written_out else
+                 F.scaled_dot_product_attention(q, k, v, attn_mask=mask)).reshape(B, -1, T, self.head_dim)
         return self.wo(y.transpose(1, 2).reshape(B, T, -1), S)                  # (B, H, T, D) -> (B, T, C)
 
 
@@ -160,8 +162,7 @@ class Transformer(nn.Module):
         x = self.embedding(ids)                                                 # (B, T, C)
         if mask is not None:                                                    # 0 or -inf, to be added to the scores
             mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, -torch.inf)
-            if ids.shape[1] > 1:
-                mask = torch.cat([mask] * (self.config.n_heads // self.config.n_kv_heads), dim=-2)  # (..., G*T, slots)
+            mask = torch.cat([mask] * (self.config.n_heads // self.config.n_kv_heads), dim=-2)  # (..., G*T, slots)
         for layer, block in enumerate(self.blocks):
             x = block(x, rope, mask, cache, layer, None if S is None else S[layer])
         return self.norm(x)
@@ -203,8 +204,7 @@ class Transformer(nn.Module):
         return found
 
 
-HUGGING_FACE_NAMES = {
-    "embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
+HUGGING_FACE_NAMES = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
     "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm", "wo": "self_attn.o_proj", "w2": "mlp.down_proj",
     "wqkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "w13": "mlp.gate_proj mlp.up_proj"}

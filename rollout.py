@@ -118,24 +118,21 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
     megabytes = cache.megabytes
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(B, max_new_tokens, device=device)
-    lengths = torch.full((B,), max_new_tokens, device=device)
-    ended = torch.zeros(B, dtype=torch.bool, device=device)
     alive = torch.arange(B, device=device)                                      # (b,) the rows still in the batch
+    ended = torch.zeros(B, dtype=torch.bool, device=device)                     # (b,) which of them have ended
     decoder = Decoder(model, cache, compile)
     if encoder:
         encoder.prepare(model.embedding.weight.dtype)
     look = 16 if device.type == "cuda" and not on_token else 1                  # on a GPU, looking means waiting
     for t in tqdm(range(max_new_tokens), desc=progress, disable=not progress, leave=False):
-        drawn, logp = sample(next_logits(model, hidden, n_ids), temperature, top_k, top_p, draws[t, alive, None])
+        drawn, logp = sample(next_logits(model, hidden, n_ids), temperature, top_k, top_p, draws[t, :, None])
         tokens[alive, t], logps[alive, t] = drawn, logp
-        ends = torch.isin(drawn, eos) & ~ended[alive]
-        lengths[alive] = torch.where(ends, t + 1, lengths[alive])
-        ended[alive] |= ends
-        left = B - int(ended.sum()) if t % look == 0 else len(alive)
+        ended |= torch.isin(drawn, eos)
+        left = len(alive) - int(ended.sum()) if t % look == 0 else len(alive)
         done = t + 1 == max_new_tokens or left == 0
         if not done and 2 * left <= len(alive):                                 # finished rows leave the batch; halves
-            on = ended[alive].int().argsort(stable=True)[:halved(len(alive), left)]  # of it: few sizes to compile for
-            alive, drawn = alive[on], drawn[on]
+            on = ended.int().argsort(stable=True)[:halved(len(alive), left)]    # of it: few sizes to compile for
+            alive, drawn, ended, draws = alive[on], drawn[on], ended[on], draws[:, on]
             cache.keep(on)
             if encoder and U.shape[1] > 1:                                      # (L, b, M, R); one for all till then
                 U, S = U[:, on], S[:, on]
@@ -151,8 +148,10 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
         hidden = decoder(drawn, S)[:, 0]                                        # (b, 1, C) -> (b, C)
     if encoder:
         encoder.prepare(None)
-    return Rollout(prompt_ids, prompt_lengths, rows, tokens[:, :t + 1], lengths, logps[:, :t + 1], ended, window, E,
-                   n_ids, megabytes)
+    tokens, logps = tokens[:, :t + 1], logps[:, :t + 1]
+    ends = torch.isin(tokens, eos)                                              # (B, T) a row's first counts
+    lengths = torch.where(ended := ends.any(dim=1), ends.int().argmax(dim=1) + 1, t + 1)
+    return Rollout(prompt_ids, prompt_lengths, rows, tokens, lengths, logps, ended, window, E, n_ids, megabytes)
 
 
 # ------------------------------------------------------------------------------------ problems, put to a model
