@@ -87,15 +87,14 @@ def check_prompts(model, prompts, max_new_tokens):
         raise UserError("a prompt is empty, or holds nothing that this model's tokenizer knows; write another")
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0, evict_ratio=0.25, n_ids=None,
              temperature=1.0, top_k=0, top_p=1.0, seed=0, share=(0, 1), compile=False, progress="", on_token=None):
     """Samples group_size completions of every prompt under the cache-constrained policy.
 
-    prompts: lists of ids. encoder: a ThoughtEncoder attached to the model, or None for the model as it is. seed makes
-    the draw repeatable on one device. share (rank, ranks): the prompts are the rank-th of so many equal shares of a
-    batch, and draw what they would draw in the whole. compile: see cache.Decoder. progress: title of a tqdm bar.
-    on_token(ids (b,), evicted) sees every step.
+    prompts: lists of ids. encoder: a ThoughtEncoder attached to the model, or None for the model as it is. seed: draws
+    repeat on one device. share (rank, ranks): the prompts are the rank-th of equal shares of a batch, and draw as they
+    would in the whole. compile: see cache.Decoder. progress: a tqdm bar's title. on_token(ids (b,), evicted): each step.
     Returns a Rollout. Raises UserError if a prompt and its thoughts do not fit the model's positions."""
     device = model.embedding.weight.device
     prompt_lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -151,7 +150,9 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
     tokens, logps = tokens[:, :t + 1], logps[:, :t + 1]
     ends = torch.isin(tokens, eos)                                              # (B, T) a row's first counts
     lengths = torch.where(ended := ends.any(dim=1), ends.int().argmax(dim=1) + 1, t + 1)
-    return Rollout(prompt_ids, prompt_lengths, rows, tokens, lengths, logps, ended, window, E, n_ids, megabytes)
+    made = prompt_ids, prompt_lengths, rows, tokens, lengths, logps, ended
+    with torch.inference_mode(False):                                           # copies that a graph may be built on
+        return Rollout(*(x.clone() for x in made), window, E, n_ids, megabytes)
 
 
 # ------------------------------------------------------------------------------------ problems, put to a model
