@@ -94,7 +94,7 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
 
     prompts: lists of ids. encoder: a ThoughtEncoder attached to the model, or None for the model as it is. seed: draws
     repeat on one device. share (rank, ranks): the prompts are the rank-th of equal shares of a batch, and draw as they
-    would in the whole. compile: see cache.Decoder. progress: a tqdm bar's title. on_token(ids (b,), evicted): each step.
+    would in the whole. compile: see cache.Decoder. progress: a tqdm bar's title. on_token(ids, evicted): each step.
     Returns a Rollout. Raises UserError if a prompt and its thoughts do not fit the model's positions."""
     device = model.embedding.weight.device
     prompt_lengths = torch.tensor([len(p) for p in prompts], device=device)
