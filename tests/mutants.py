@@ -45,7 +45,7 @@ MUTANTS = {
         ("[x.detach() for x in self.keys], [x.detach()", "[x for x in self.keys], [x.detach()"),
         ("self.keys + self.values) / 1e6", "self.keys) / 1e6"),
         ("fixed and sum(p._version for p in model.parameters())\n", "0\n"),
-        ("{\"guard_filter_fn\": skip}, isolate_recompiles=True)", "{\"guard_filter_fn\": skip})"),
+        ("dict(isolate_recompiles=True, options={", "dict(options={"),
         ("mark = rows == 1, w.data_ptr(), w._version", "mark = rows == 1, w.data_ptr()"),
         ("halved((size + 1) // 2, least) if 2 * least <= size", "halved((size + 1) // 2, least) if least <= size // 4"),
         ("[..., :n_ids].to(", ".to("),
