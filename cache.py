@@ -213,7 +213,7 @@ def compiled_layers(model, rows):
     kind = fixed, fixed and sum(p._version for p in model.parameters())
     model.compiled = getattr(model, "compiled", {})
     if kind not in model.compiled:
-        more = dict(isolate_recompiles=True, options={                          # on a GPU the graph is not asked at all
+        more = dict(isolate_recompiles=True, options={                          # a GPU's replay checks nothing anyway
             "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}) if on_cpu else {}
         model.compiled[kind] = torch.compile(model.layers, fullgraph=True, dynamic=False, **more)
     torch._dynamo.config.recompile_limit = 64  # numbers of rows, times widths of prompts

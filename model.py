@@ -146,9 +146,8 @@ class Transformer(nn.Module):
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)  # (D/2,)
 
     def hidden(self, ids, cache=None, S=None):
-        """ids (B, T) -> the last hidden states, normed, (B, T, C). Without a cache the tokens stand at 0..T-1 and see
-        what is before them. With one, they are appended to it, and it says where they stand and what they see. S:
-        thought states (L, B or 1, M, R), or None for no adapter."""
+        """ids (B, T) -> the last hidden states, normed, (B, T, C). Tokens stand at 0..T-1 and see what is before them;
+        a cache takes them and says where they stand, what they see. S: thought states (L, B or 1, M, R), or None."""
         T = ids.shape[1]
         positions, mask = (torch.arange(T, device=ids.device)[None], None) if cache is None else cache.begin(T)
         return self.layers(ids, positions, mask, cache, S)
@@ -204,7 +203,8 @@ class Transformer(nn.Module):
         return found
 
 
-HUGGING_FACE_NAMES = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
+HUGGING_FACE_NAMES = {
+    "embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
     "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm", "wo": "self_attn.o_proj", "w2": "mlp.down_proj",
     "wqkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "w13": "mlp.gate_proj mlp.up_proj"}
