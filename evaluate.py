@@ -1,400 +1,543 @@
-r"""evaluate.py: is the answer right, how often, and with how much memory? The paper's Table 1 for any model and runs.
+r"""evaluate.py: is an answer right, how often, and with how much memory? The table of all arms.
 
-    accuracy = mean over samples of [same_answer(gold, extract_answer(y))],   y ~ pi(. | C_t, S_t) under a window W
-    pass@k   = 1 - C(n - c, k) / C(n, k)     for c of n samples right: the chance that k of them hold a right one
-    maj@k    = is the most frequent answer of the first k right? Tied answers share the point; no answer has no vote
+    accuracy = mean over samples of [answer is right],   y ~ pi(. | C_t, S_t) under a window W
+    pass@k   = 1 - C(n - c, k) / C(n, k)     c of n samples are right: is one of k of them?
+    maj@k    = is the most frequent answer of the first k right? Tied answers share the point
 
-each a mean over problems, with a 95 % interval by bootstrap: problems are drawn anew, with replacement.
+Each is a mean over problems, with a 95 % interval by bootstrap. Answers are equal if they are the
+same number (exactly: 0.333 is not 1/3), lists of equal parts, or the same text without dressing
+such as \left. For algebra the library math-verify is asked too, where it is installed:
+pip install "math-verify[antlr4_13_2]". Left out: proofs, code, a model as a judge.
 
-Answers are equal by value, not by form. Dressing goes (`$`, `\left`, `\text{}`, units, the comma of 1,000); tuples and
-intervals compare by bracket and order, lists and sets in any order, words as text, expressions by their value: exact
-where fractions can be (0.333 is not 1/3), else to ten digits, with random numbers for letters. Nothing is executed, and
-nothing gets big or slow, whatever a model writes. (How an answer is found in a completion: rollout.py.) Left out:
-inequalities (compared as text), proofs, a judge model.
-
-Try it:  python evaluate.py --model DIR --data gsm8k --data-dir ../shared/data --limit 40 --window 0,64
+Try it:  python evaluate.py --runs RUN --data gsm8k --data-dir ../shared/data --limit 40
 """
-import cmath
+import hashlib
+import itertools
 import json
 import math
-import operator
 import re
+import subprocess
+import sys
 from collections import Counter
-from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
+from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import accumulate
 from pathlib import Path
-from random import Random
+from threading import Timer
 
 import numpy as np
+from tqdm import tqdm
 
-from encoder import ModelOptions, command_line, flag, run_script
-from model import UserError
-from rollout import BENCHMARKS, MAX_ANSWER, extract_answer, measure
+from cache import eviction_size
+from encoder import base_folder, load_run, read_config
+from model import ArgumentParser, UserError, load_model, model_folder, run_script, write_json
+from rollout import check_prompts, generate
 
-# ------------------------------------------------------------------------------------ comparing answers
+# ------------------------------------------------------------------------------------ problem sets
 
-SYMBOLS = str.maketrans({"−": "-", "×": "*", "·": "*", "÷": "/", "π": r"\pi ", "√": r"\sqrt ", "∞": r"\infty ",
-                         "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ", "±": r"\pm ", "²": "^2", "³": "^3", "°": ""})
-SPELLINGS = [(re.compile(pattern), usual) for pattern, usual in (
-    (r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])|(?<=\\)[dtc](?=frac)", ""),              # \dfrac is \frac
-    (r"\\?[$€£]|\^\{?\\circ\}?|\\degree|(?<!\\)\\[()\[\]]", ""),                                # $5, 60^\circ, \(5\)
-    (r"(?<=[0-9])(?:,\\!\s*|\{,\}|\\,)(?=[0-9]{3})", ""),                                        # 10,\!080  10{,}080
-    (r"(?:(?<!\\)\\[,!;: ]|\\q?quad(?![A-Za-z])|[~\s])+", " "), (r" ?_ ?", "_"), (r"\*\*", "^"),
-    (r"\\(?:cdot|times)(?![A-Za-z])", "*"), (r"\\div(?![A-Za-z])", "/"), (r"(?<=\)) ?(?=[0-9])", "*"),
-    (r"(\\frac) ?([0-9])", r"\1{\2}"), (r"(\\frac\{[^{}]*\}) ?([0-9])", r"\1{\2}"),               # \frac12
-    (r"(?<![\w.^}/)* ])([0-9]+)(?: ?\\frac\{([0-9]+)\}\{([0-9]+)\}| ([0-9]+)/([0-9]+))(?![0-9])", r"(\1+\2\4/\3\5)"),
-    (r"(?<![\\A-Za-z])(?:np\.|math\.)?(sqrt|pi|infty|ln|log|exp|sin|cos|tan|arc[a-z]+)(?![A-Za-z])", r"\\\1"),
-    (r"\\(sin|cos|tan)\^\{-1\}", r"\\arc\1"), (r"(\\log)_\{?10\}?", r"\1"),
-    (r"\\([gl])eq?(?:slant)?(?![a-z])", r"\\\1e"))]
-PERCENT = re.compile(r" ?(?:\\?%|\\text\{ ?percent\}|percent)$")
-UNIT = re.compile(r"""(?<=[0-9})])\ ?(?:\\(?:text|textrm|mbox|mathrm)\ ?\{[A-Za-z/. ]+\}             # 5 \text{ m/s}^2
-    | \ [A-Za-z]{3,}(?:\ [A-Za-z]{2,}){0,2} | (?:[cmk]m|[mk]g|m[lL]|ft))(?:\^\{?-?[23]\}?)?$""", re.X)
-NOT_A_UNIT = re.compile(r"""(?ix)\b(?:(?:(?:hundred|thousand)(?:th)?|[mbt]r?illion|dozen|quarter|third)s?|hal(?:f|ves)
-    |(?:four|fif|six|seven|eigh|nin|ten)ths?|one|two|three|four|five|six|seven|eight|nine|ten|squared|cubed|factorial
-    |sqrt|pi|ln|log|sin|cos|tan|[eiknxyz]|am|pm|base|and|or|plus|minus|times|over|less|more|than|if|is)\b""")
-THOUSANDS = re.compile(r"[-+]?[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]*)?")
-COMMA = re.compile(r"(?:[,;] *)?(?:\\text ?\{ *)?\b(?:and|or)\b *\}?|[,;]|\\cup(?![A-Za-z])")
-NAMED = re.compile(r"""(\\?[A-Za-z]+(?:_\w|_\{\w+\})?(?:\([A-Za-z]\))?|\\text\{[^{}]*\})\ ?               # x  x_1  f(x)
-    (?:=|\\in(?![A-Za-z]))([^=<>]+)""", re.X)
-MATRIX = re.compile(r"\\begin\{([pb]matrix)\}(.*)\\end\{\1\}")
-BRACKETED = re.compile(r"([(\[]|\\\{)(.*)([)\]]|\\\})")
-TEXT = re.compile(r"\\(?:text[a-z]*|mbox|math[a-z]+|operatorname) ?\{([^{}]*)\}")
+# file; id, configuration, split on the hub; samples per problem; relative tolerance of an answer
+BENCHMARKS = {
+    "math500": ("math500.jsonl", "HuggingFaceH4/MATH-500", None, "test", 1, 0),
+    "olympiadbench": ("olympiadbench.jsonl", "Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train",
+                      1, 0),
+    "minerva": ("minerva_math.jsonl", "math-ai/minervamath", None, "test", 1, 0.01),
+    "amc23": ("amc23.jsonl", "math-ai/amc23", None, "test", 1, 0),
+    "aime24": ("aime24.jsonl", "HuggingFaceH4/aime_2024", None, "train", 16, 0),
+    "aime25": ("aime25.jsonl", "math-ai/aime25", None, "test", 16, 0),
+    "gsm8k": ("gsm8k_test.jsonl", "openai/gsm8k", "main", "test", 1, 0)}
+INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
+def load_problems(path, tolerance=0):
+    """Reads a JSONL file: one object per line with `problem`, `question` or `prompt`, and `answer`.
+    Returns dicts with "problem" and "answer" as text. Raises UserError."""
+    problems = []
+    try:
+        for line in Path(path).read_text(encoding="utf-8-sig").split("\n"):
+            if line.strip():
+                row = json.loads(line)
+                problem = row.get("problem") or row.get("question") or row["prompt"]
+                answer = row.get("answer", row.get("final_answer"))
+                if isinstance(answer, list):                            # OlympiadBench on the hub
+                    answer = ", ".join(answer).replace("$", "")
+                answer = str(answer).rpartition("####")[2].strip()      # GSM8K ends with "#### 72"
+                if not isinstance(problem, str) or answer in ("", "None"):
+                    raise ValueError
+                row |= {"problem": problem, "answer": answer, "tolerance": tolerance}
+                problems.append(row)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise UserError(f"{path}: problem {len(problems) + 1} is not a JSON object with a text "
+                        "'problem' (or 'question', 'prompt') and an 'answer'") from None
+    if not problems:
+        raise UserError(f"{path} holds no problems; give one JSON object per line")
+    return problems
 
-def same_answer(gold, prediction, tolerance=0.0):
-    r"""Whether a prediction states the gold answer; nothing predicted is wrong. tolerance: relative, of a number.
+def load_data(name, data_dir="data"):
+    """A JSONL file or a benchmark -> (short name, samples per problem, problems). A benchmark that
+    is not in data_dir is fetched from the Hugging Face hub and kept there."""
+    if name not in BENCHMARKS:
+        return Path(name).stem, 1, load_problems(name)
+    file, hub, config, split, n_samples, tolerance = BENCHMARKS[name]
+    path = Path(data_dir, file)
+    if not path.exists():
+        try:
+            from datasets import load_dataset
+            load_dataset(hub, config, split=split).to_json(f"{path}.tmp")
+            Path(f"{path}.tmp").rename(path)
+        except Exception as error:      # the errors of datasets have no common base class
+            raise UserError(f"no {path}, give --data-dir; {hub} was not fetched ({error}); "
+                            "pip install datasets") from None
+    return name, n_samples, load_problems(path, tolerance)
 
-    >>> same_answer("1/2", r"\dfrac{1}{2}"), same_answer(r"\sqrt{12}", r"2\sqrt3"), same_answer("(0,1]", "(0, 1.0]")
-    (True, True, True)
-    >>> same_answer("1/3", "0.333"), same_answer("(1,2)", "(2,1)"), same_answer("x=5", "y=5"), same_answer("5", None)
-    (False, False, False, False)"""
+def problem_text(tokenizer, problem):
+    """The text put to the model; a base model without a chat format gets the bare problem."""
+    return problem["problem"] + INSTRUCTION if tokenizer.template else problem["problem"]
+
+class ProblemFile:
+    """The task of train.py that takes its problems from a JSONL file."""
+    def __init__(self, path):
+        self.problems = load_problems(path)
+
+    def batch(self, step, n, seed):
+        """The n problems of a step. All problems come once before one comes again."""
+        batch = []
+        for index in range(step * n, (step + 1) * n):
+            n_rounds, i = divmod(index, len(self.problems))
+            order = np.random.default_rng([seed, 1, n_rounds]).permutation(len(self.problems))
+            batch.append(self.problems[order[i]])
+        return batch
+
+    def reward(self, problem, text, n_tokens, ended):
+        return float(grade(problem, text)[1])
+
+# ------------------------------------------------------------------- finding and comparing answers
+
+MAX_ANSWER = 500                        # characters; the longest gold answer has 210
+BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+BRACE = re.compile(r"\\.|[{}]", re.S)   # a backslash takes the next character along: \{ is no brace
+PHRASE = re.compile(r"\bthe (?:final |correct )?answer is:?|\banswer(?:\*\*)?:|#{4,}", re.I)
+SENTENCE_END = re.compile(r"\n|\.(?=\**(?:\s|$))")                              # but not in 3.5
+MARKUP = re.compile(r"(?<![\w)])\*\*|\*\*(?![\w(])|\\?\$|(?<!\\)\\[()\[\]]")    # **bold** $ \( \[
+
+def extract_answer(text):
+    """The final answer of a completion (without its prompt, which may hold boxes), or None: the
+    last complete box, else what follows "the answer is", "answer:" or "####"."""
+    after_thinking = text.rpartition("</think>")[2]
+    text = after_thinking if after_thinking.strip() else text
+    text = text[-100_000:]                                      # the answer stands at the end
+    for piece in reversed(BOX.split(text)[1:]):
+        depth = 1
+        for brace in BRACE.finditer(piece[:MAX_ANSWER]):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0:
+                return piece[:brace.start()].strip()
+    for piece in reversed(PHRASE.split(text)[1:]):
+        sentence = SENTENCE_END.split(piece.lstrip(" *$\t\r\n")[:MAX_ANSWER], maxsplit=1)[0]
+        answer = MARKUP.sub("", sentence).strip(" *\r").rstrip(".")
+        if answer:
+            return answer
+    return None
+
+SYMBOLS = str.maketrans({
+    "−": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "°": " degree", "∞": r"\infty ",
+    "≤": r"\le ", "≥": r"\ge ", "²": "^2", "³": "^3"})
+SPELLINGS = (                                                   # pattern, usual spelling
+    (r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])\.?|(?<!\\)\\[()\[\]]", ""),
+    (r"(?<=[0-9])(?:,\\!\s*|\{,\}|\\,)(?=[0-9]{3}(?![0-9]))", ""),              # 10,\!080  10{,}080
+    (r"(?:(?<!\\)\\[,!;: ]|\\q?quad(?![A-Za-z])|[~\s])+", " "),
+    (r"^\\?\$ ?([0-9.,]+)$", r"\1 dollar"),
+    (r"\^\{?\\circ\}?|\\degree", " degree"),
+    (r"\\?%$", " percent"),
+    (r"\\?\$|\\(?:text[a-z]*|mbox|mathrm|operatorname) ?\{([^{}]*)\}", r" \1 "),
+    (r"(?:[,;] *)?\b(?:and|or)\b|;", ","),
+    (r"\\[dtc]?frac(?![A-Za-z]) ?([0-9])", r"\\frac{\1}"),                       # \frac12
+    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"(\\frac\{[^{}]*\}) ?([0-9])", r"\1{\2}"),
+    (r"(?<![\\A-Za-z])(sqrt|pi|ln|log|exp|sin|cos|tan)(?![A-Za-z])", r"\\\1"),
+    (r"\\sqrt ?(?:\(([^()]*)\)|([0-9a-z])(?![0-9]))", r"\\sqrt{\1\2}"),
+    (r"\\([gln])eq(?:slant)?(?![A-Za-z])", r"\\\1e"),
+    (r"([_^])\{(\w)\}(?!\w)", r"\1\2"),
+    (r" +", " "),
+    (r"^ | ?\.? ?$| (?=[_=])|(?<=[_=]) ", ""),
+    (r"^\(([^(),]*)\)$|^\\\{((?:(?!\\\}).)*)\\\}$", r"\1\2"),                   # (C) is C, \{5\} 5
+    (r"^0+(?=[0-9])", ""))                                                      # 042 is 42
+UNIT = re.compile(r"""(?<=[0-9)}])\ ?(?:(?:degree|percent|dollar|cent|meter|mile|hour|minute|second
+    |day|week|year|unit|mph|ft|[cmk]m|[mk]g|ml)s?|m/s|feet|people)(?:\ ?\^[23])?$""", re.X | re.I)
+NAME = re.compile(r"^\\?[A-Za-z]+(?:_\w)?(?:\(\w\))?(?:=|\ ?\\in\ )(?!.*(?:[=<>]|\\[gln]e))")
+NUMBER = re.compile(r"""[-+]?(?!0[0-9])(?:[0-9]+/0*[1-9][0-9]*
+    |(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]{1,3})?)""", re.X | re.I)
+
+@lru_cache(maxsize=10_000)              # train.py asks twice about every response
+def same_answer(gold, prediction, tolerance=0.0, grader="auto"):
+    """Whether a prediction states the gold answer. tolerance: relative, for numbers. grader:
+    "builtin", or "auto" to ask math-verify as well, where it is installed."""
     if not prediction or max(len(gold), len(prediction)) > MAX_ANSWER:
         return False
-    whole = usual(gold), usual(prediction)
-    a, b = (PERCENT.sub("", text) for text in whole)
-    readings = [(a, b)]                                                         # 50% is 50, if asked for in percent
-    if (a != whole[0]) != (b != whole[1]):
-        readings += [(f"({a})/100", b) if a != whole[0] else (a, f"({b})/100")]  # and it is 1/2
-    return any(agree(canonical(a), canonical(b), tolerance) for a, b in readings)
-
-
-def agree(a, b, tolerance):
-    """Whether two canonical answers say the same: x=5 and 5 do, 5 cm and 5; x=5 and y=5 do not, 5 cm and 5 km."""
-    (name, unit, form), (other_name, other_unit, other) = a, b
-    short, long = sorted((unit, other_unit), key=len)
-    if name and other_name and name != other_name or short and short != long and not (
-            len(long) > 3 and re.match(".*".join(short), long)):                # the c and m of centimeter
+    a, a_unit = undress(gold)
+    b, b_unit = undress(prediction)
+    if a_unit and b_unit and a_unit != b_unit:                  # but 5 cm and 5 are equal
         return False
-    numbers = all(isinstance(x, tuple) and not isinstance(x[0], str) for x in (form, other))
-    return form == other != "" or numbers and all(
-        abs(p - q) <= tolerance * max(abs(p), abs(q)) for p, q in zip(form, other))
+    if len({*NAME.findall(a), *NAME.findall(b)}) == 1:          # x=5 and 5 are equal
+        a = NAME.sub("", a)
+        b = NAME.sub("", b)
+    x = canonical(a)
+    y = canonical(b)
+    if isinstance(x, Fraction) and isinstance(y, Fraction):
+        return abs(x - y) <= Fraction(tolerance) * max(abs(x), abs(y))
+    if x == y:
+        return x != ""
+    return grader == "auto" and LIBRARY is not None and ask_library(a, b)
 
+def undress(text):
+    """(the text in the usual spelling, its unit or "")"""
+    text = text.translate(SYMBOLS).strip()
+    for pattern, usual in SPELLINGS:
+        text = re.sub(pattern, usual, text)
+    if re.fullmatch(r"[A-Z][a-z]{3,}[ a-z0-9]*", text):         # Even is even, but E is not e
+        text = text.lower()
+    unit = UNIT.search(text)
+    return (text[:unit.start()], unit[0].strip().lower().rstrip("s")) if unit else (text, "")
 
-def usual(answer):
-    r"""The answer in its usual spelling, undressed: `$\left(1,\,2\right)$.` becomes `(1, 2)`."""
-    answer = answer.translate(SYMBOLS)
-    for spelling, replacement in SPELLINGS:
-        answer = spelling.sub(replacement, answer)
-    return answer.strip(" ").rstrip(" .")
-
-
-def canonical(text, nesting=3):
-    """(name, unit, form): the x of `x = 5 cm` or "", cm or "", and a form that is equal for equal answers."""
-    text, unit = text.strip(" "), ""
-    if (found := UNIT.search(text)) and not NOT_A_UNIT.search(found[0]):
-        text, unit = text[:found.start()], re.sub(r"\\[a-z]+|square|sq|cubic|[^a-z/]", "", found[0].lower())
-        unit = re.sub("(?<=[a-z]{2})s$", "", unit)
-    if THOUSANDS.fullmatch(text):
+def number(text):
+    r"""The exact value of `-1,000.5`, `3/4`, `\frac{3}{4}`, `3.2\cdot 10^5`, else None."""
+    if re.fullmatch(r"[-+]?[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]*)?", text):
         text = text.replace(",", "")
+    text = re.sub(r"\\frac\{([0-9]+)\}\{([0-9]+)\}$", r"\1/\2", text)
+    text = re.sub(r" ?(?:\*|\\cdot|\\times) ?10\^\{?([-+]?[0-9]+)\}?$", r"e\1", text)
+    return Fraction(text) if NUMBER.fullmatch(text) else None
 
-    def forms(parts):                                                           # 3 \pm 1 is two
-        signed = [part.replace(r"\pm", sign) for part in parts for sign in ("+-" if r"\pm" in part else "+")]
-        return [canonical(part, nesting - 1)[::2] for part in signed]           # names and forms
+def canonical(text):
+    """What is equal for equal answers: a Fraction for a number, a tuple for a tuple or interval, a
+    set with counts for a list, in which order does not matter; else the text without spaces."""
+    value = number(text)
+    if value is not None:
+        return value
+    brackets = re.fullmatch(r"([(\[])([^()\[\]]*)([)\]])", text)
+    if brackets:
+        return brackets[1], brackets[3], *map(canonical, re.split(" ?, ?", brackets[2].strip()))
+    parts = [""]
+    depth = 0
+    for piece in re.split(r" *([()\[\]{},]) *", text):
+        depth += (piece in ("(", "[", "{")) - (piece in (")", "]", "}"))
+        if depth == 0 and piece == ",":
+            parts.append("")
+        else:
+            parts[-1] += piece
+    if len(parts) > 1:
+        return frozenset(Counter(map(canonical, parts)).items())
+    return re.sub(r"(?<![0-9]) | (?![0-9])", "", text)
 
-    def unordered(parts):
-        names, values = zip(*(found := forms(parts)))
-        one = len(set(names)) == 1                                              # x=1 or x=2
-        return names[0] if one else "", unit, ("list", frozenset(Counter(values if one else found).items()))
-    if nesting:
-        if found := MATRIX.fullmatch(text):
-            return "", unit, ("matrix", *(tuple(forms(r.split("&"))) for r in found[2].strip("\\ ").split(r"\\")))
-        if found := NAMED.fullmatch(text):
-            return plain(found[1]), unit, canonical(found[2], nesting - 1)[2]
-        if 1 < len(parts := split(text, COMMA)) <= 30:                          # 1, -2   (0,1) \cup (1,2)
-            return unordered(parts)
-        if (found := BRACKETED.fullmatch(text)) and 0 < len(parts := split(found[2], COMMA)) <= 30:
-            if found[1] == r"\{":
-                return unordered(parts)
-            if len(parts) > 1:
-                return "", unit, (found[1], *forms(parts), found[3])
-        if r"\pm" in text:
-            return unordered([text])
+LIBRARY = version("math-verify") if find_spec("math_verify") else None
+# It is not asked about what it misreads: words, ratios a:b, bases, digits beside digits; nor about
+# powers and factorials that grow big.
+NOT_FOR_LIBRARY = re.compile(r"""(?<![\\A-Za-z])(?![pb]matrix)[A-Za-z]{3,}|^\ ?[A-Za-z]*\ ?$|[0-9]_
+    |[^A-Za-z0-9\\{}()\[\]^+*/=<>!|.&_\ -]|(?<![0-9])\.(?![0-9])|(?<![\\A-Za-z])[A-Za-z][0-9]
+    |[0-9]\ +[0-9.]|(?<![0-9.])0[0-9]|\^[({]?[0-9]*(?:\^|[0-9]{4})|[0-9]{4}!|![ )]*!""", re.X)
+RELATION = re.compile(r"[=<>]|\\(?:[gln]e|in)(?![A-Za-z])")
+WORKER = r"""
+import sys
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+from math_verify import verify
+case = ConversionConfig(lowercase_symbols=False)
+for line in sys.stdin:
     try:
-        if text.count("=") == 1:                                                # 2x+y=1 is 4x+2y-2=0
-            return "", unit, ("=", *value("({})-({})".format(*text.split("=")), to_a_factor=True))
-        return "", unit, value(text)
-    except (ValueError, ArithmeticError, RecursionError, IndexError):           # no expression, or one that gets big
-        return "", unit, plain(text).casefold()
+        a, b = [latex2sympy(text, is_real=True, normalization_config=None, conversion_config=case)
+                for text in line.strip().split("\t")]
+        equal = verify(a, b, float_rounding=40, numeric_precision=50, timeout_seconds=None)
+        print(equal, flush=True)
+    except Exception:
+        print("not an expression, or one that the library does not know", flush=True)
+"""
 
+@lru_cache(maxsize=1)
+def library_process():
+    """The library works in a process of its own, which can be killed when it takes too long."""
+    return subprocess.Popen([sys.executable, "-c", WORKER], text=True, start_new_session=True,
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            stderr=subprocess.DEVNULL)
 
-def split(text, separator):
-    """The parts of a text between separators outside all brackets; none if a bracket closes that has not opened."""
-    depth = [*accumulate(((c in "([{") - (c in ")]}") for c in text), initial=0)]
-    edges = [edge for found in separator.finditer(text) if not depth[found.start()] for edge in found.span()]
-    return [text[a:b] for a, b in zip([0, *edges[1::2]], [*edges[::2], None])] if min(depth) == 0 else []
+def as_fraction(decimal):
+    return r"\frac{%d}{%d}" % Fraction(decimal[0]).as_integer_ratio()
 
+def ask_library(gold, prediction, seconds=20):
+    """Whether math-verify finds two expressions equal in this time."""
+    texts = []
+    for text in (gold, prediction):
+        if NOT_FOR_LIBRARY.search(text):
+            return False
+        texts.append(re.sub(r"[0-9]*\.[0-9]+", as_fraction, text))  # it would round decimals
+    if RELATION.findall(gold) != RELATION.findall(prediction):
+        return False
+    process = library_process()
+    timer = Timer(seconds, process.kill)
+    timer.start()
+    try:
+        print(*texts, sep="\t", file=process.stdin, flush=True)
+        answer = process.stdout.readline()                      # empty if it was killed
+    except BrokenPipeError:
+        answer = ""
+    timer.cancel()
+    if not answer:
+        library_process.cache_clear()
+    return answer == "True\n"
 
-def plain(text):
-    r"""The text without spaces, `\text{}` and needless braces, to be compared letter by letter."""
-    return re.sub(r"(?<![0-9]) | (?![0-9])", "", re.sub(r"(?<!\\)\{([^{}\\])\}", r"\1", TEXT.sub(r"\1", text)))
+def grade(problem, text, grader="auto"):
+    """(prediction, whether it is right). With "exact": true the answer is wanted to the letter."""
+    prediction = extract_answer(text)
+    if problem.get("exact"):
+        return prediction, prediction == problem["answer"]
+    tolerance = problem.get("tolerance", 0)
+    return prediction, same_answer(problem["answer"], prediction, tolerance, grader)
 
+def grade_rollout(problems, rollout, tokenizer, grader="auto"):
+    """What a response is worth: a dict for each row of the rollout of these problems' prompts."""
+    lengths = rollout.lengths.tolist()
+    ended = rollout.ended.tolist()
+    evictions = rollout.n_evictions().tolist()
+    prompt_of = rollout.prompt_of.tolist()
+    rows = []
+    for row, text in enumerate(rollout.texts(tokenizer)):
+        problem = problems[prompt_of[row]]
+        prediction, correct = grade(problem, text, grader)
+        rows.append({"answer": problem["answer"], "response": text, "prediction": prediction,
+                     "correct": correct, "tokens": lengths[row], "truncated": not ended[row],
+                     "evictions": evictions[row]})
+    return rows
 
-# ------------------------------------------------------------------------------------ the value of an expression
-
-TOKEN = re.compile(r"""\ *([0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]{1,3}(?![0-9]))? | \.[0-9]+ | [A-Za-z]{3,}
-    | (?:\\[A-Za-z]+|[A-Za-z])(?:_(?:[A-Za-z0-9]|\{[A-Za-z0-9]+\})|(?<=[A-Z])\([0-9]\))? | \\?.)\ *""", re.X | re.S)
-FUNCTIONS = {"ln": cmath.log, "log": cmath.log10} | {
-    name: getattr(cmath, name.replace("arc", "a")) for name in "exp sin cos tan arcsin arccos arctan".split()}
-OPERATORS = {"+": (1, operator.add), "-": (1, operator.sub), "*": (2, operator.mul), "/": (2, operator.truediv),
-             "^": (4, lambda a, b: power(a, b))}                                # how tightly it binds; a sign: 3
-CONSTANTS, CLOSING = {r"\pi": math.pi, "e": math.e, "i": 1j}, {"(": ")", "[": "]", "{": "}", "|": "|"}
-
-
-def value(text, to_a_factor=False):
-    r"""Three values of `2x-1`, `\frac{\sqrt2}{2}`, `1 1/2`, each a Fraction if it is exact, else complex to ten digits.
-
-    Letters stand for random numbers, drawn each time: expressions that agree three times are equal whatever their form.
-    What is no expression, or gets big, raises ValueError, ArithmeticError, IndexError or RecursionError."""
-    found = []
-    for draw in range(3):
-        tokens = TOKEN.findall(TEXT.sub(r"\1", text))[::-1]                     # the next one is the last
-        found.append(expression(tokens, draw))
-        if tokens:
-            raise ValueError
-    found = [x / found[0] for x in found] if to_a_factor else found
-    for i, x in enumerate(found):
-        if not isinstance(x, Fraction):
-            near, scale = Fraction(x.real).limit_denominator(1000), 10 ** (9 - math.floor(math.log10(abs(x))))
-            tens = complex(round(x.real * scale), round(x.imag * scale)) / scale
-            found[i] = near if abs(x - near) < 1e-12 * abs(x) else tens         # \sqrt2^2 is 2
-    return tuple(found)
-
-
-def expression(tokens, draw, least=1):
-    """The value of what comes next, up to an operator that binds more loosely than `least`."""
-    if tokens[-1] in ("+", "-"):
-        value = OPERATORS[tokens.pop()][1](0, expression(tokens, draw, 3))      # -2^2 is -(2^2)
-    else:
-        value = operand(tokens, draw)
-    while tokens:
-        beside = re.match(r"[A-Za-z(\[{]|\\[A-Za-z]", tokens[-1]) is not None  # 2\pi, (x+1)(x-1), but not 2 3
-        rank, apply = OPERATORS.get("*" if beside else tokens[-1], (0, None))
-        if rank < least:
-            break
-        from_the_left = beside or tokens.pop() != "^"                           # 2^3^2 is 2^(3^2)
-        value = small(apply(value, expression(tokens, draw, rank + from_the_left)))
-    return value
-
-
-def operand(tokens, draw):
-    """The value of a number, a letter, a bracket, or a command with what it takes."""
-    token = tokens.pop()
-    name = token.lstrip("\\")
-    if token in CLOSING:
-        value = expression(tokens, draw)
-        if tokens.pop() != CLOSING[token]:
-            raise ValueError
-        value = abs(value) if token == "|" else value
-    elif token[0] in "0123456789.":
-        value = small(Fraction(token))
-    elif token in (r"\frac", r"\binom"):
-        a, b = operand(tokens, draw), operand(tokens, draw)
-        value = small(a / b) if token == r"\frac" else Fraction(math.comb(*map(range(171).index, (a, b))))
-    elif token == r"\sqrt":
-        degree = operand(tokens, draw) if tokens[-1] == "[" else Fraction(2)
-        value = power(operand(tokens, draw), 1 / degree)
-    elif token[0] == "\\" and name in FUNCTIONS:
-        bracket = tokens[-1] in CLOSING                                         # \sin(x)^3 is (\sin x)^3
-        value = operand(tokens, draw) if bracket else expression(tokens, draw, 3)
-        while not bracket and tokens and re.fullmatch(r"[A-Za-z]|\\pi", tokens[-1]):            # \sin 2x
-            value = value * operand(tokens, draw)
-        value = FUNCTIONS[name](value)
-    elif token in CONSTANTS:
-        value = CONSTANTS[token]
-    elif name[:1].isalpha() and (token[0] == "\\" or not token[:3].isalpha() or len(token) < 3):
-        random = Random(f"{name.replace('{', '').replace('}', '')} {draw}")
-        value = complex(random.uniform(0.5, 2), random.uniform(0, 0.5))
-    else:
-        raise ValueError                                                        # a word, or a sign of no meaning here
-    while tokens and tokens[-1] == "!":
-        tokens.pop()
-        value = Fraction(math.factorial(range(171).index(value)))               # 170! has 300 digits; ValueError above
-    return value
-
-
-def small(x):
-    """x, unless it is a fraction of more than 300 digits: ValueError."""
-    if isinstance(x, Fraction) and max(x.numerator.bit_length(), x.denominator.bit_length()) > 1000:
-        raise ValueError
-    return x
-
-
-def power(a, b):
-    """a ** b: exact if it can be, never big."""
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
-        if b.denominator == 1:
-            if abs(b) * max(a.numerator.bit_length(), a.denominator.bit_length()) > 1000:
-                raise ValueError
-            return a ** int(b)
-        exact = Fraction(*(round(abs(n) ** (1 / b.denominator)) for n in (a.numerator, a.denominator)))
-        if exact ** b.denominator == a:
-            return power(exact, Fraction(b.numerator))
-    return complex(a) ** complex(b)
-
-
-# ------------------------------------------------------------------------------------ scores
-
-def grade(problem, response):
-    """(prediction, whether it is right). A problem with "exact": true wants its answer to the letter."""
-    gold, prediction = problem["answer"], extract_answer(response)
-    right = prediction == gold if problem.get("exact") else same_answer(gold, prediction, problem.get("tolerance", 0.0))
-    return prediction, right
-
+# ------------------------------------------------------------------------------------------ scores
 
 def pass_at_k(n, c, k):
     """The chance that k of n samples, drawn without replacement, hold one of the c right ones."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
+def majority(samples, grader="builtin"):
+    """maj@k of k records: 1 if the most frequent prediction is right, 0 if not. Tied predictions
+    share the point. A sample without a prediction has no vote."""
+    voters = [sample for sample in samples if sample["prediction"]]
+    counts = []
+    for sample in voters:
+        same = [same_answer(sample["prediction"], other["prediction"], 0.0, grader)
+                for other in voters]
+        counts.append(sum(same))
+    winners = [s["correct"] for s, count in zip(voters, counts) if count == max(counts)]
+    return sum(winners) / max(len(winners), 1)
 
-def majority(samples):
-    """1 if the most frequent prediction is right, 0 if not; tied ones share the point, no prediction has no vote."""
-    votes = []                                                                  # [prediction, how often, right]
-    for sample in samples:
-        alike = [v for v in votes if v[2] == sample["correct"] and (
-            v[0] == sample["prediction"] or same_answer(v[0], sample["prediction"]))]
-        if alike:
-            alike[0][1] += 1
-        elif sample["prediction"] is not None:
-            votes.append([sample["prediction"], 1, sample["correct"]])
-    first = [right for _, count, right in votes if count == max(v[1] for v in votes)]
-    return sum(first) / max(len(first), 1)
-
-
-def scores(samples, k):
-    """What is measured of one problem, {name: number}: pass@k and maj@k for k, all powers of two, and all samples."""
-    n, right = len(samples), sum(s["correct"] for s in samples)
-    ks = sorted({2 ** i for i in range(1, n.bit_length())} | {n, k} - {0, 1})
-    return {"accuracy": right / n, **{f"pass@{k}": pass_at_k(n, right, k) for k in ks},
-            **{f"maj@{k}": majority(samples[:k]) for k in ks},
-            **{name: sum(s[name] for s in samples) / n for name in ("truncated", "tokens", "evictions")}}
-
+def problem_scores(samples, k, grader="builtin"):
+    """{name: number} for the records of one problem and one model."""
+    right = [sample["correct"] for sample in samples]
+    scores = {"accuracy": np.mean(right)}
+    for name in ("truncated", "tokens", "evictions"):
+        scores[name] = np.mean([sample[name] for sample in samples])
+    if k > 1:
+        scores[f"pass@{k}"] = pass_at_k(len(samples), sum(right), k)
+        scores[f"maj@{k}"] = majority(samples[:k], grader)
+    return scores
 
 def interval(columns, draws=2000):
-    """The mean of the means of columns (arrays, a number a problem), with its 95 % bootstrap interval."""
+    """[mean, low, high] of the mean of the columns' means (arrays, a number per problem), with the
+    bounds of the 95 % bootstrap interval: problems are drawn with replacement."""
     rng = np.random.default_rng(0)
-    means = np.mean([x[rng.integers(len(x), size=(draws, len(x)))].mean(axis=1) for x in columns], axis=0)  # (draws,)
-    return [float(np.mean([x.mean() for x in columns])), *map(float, np.quantile(means, (0.025, 0.975)))]
+    means = np.zeros(draws)
+    for x in columns:
+        means += x[rng.integers(len(x), size=(draws, len(x)))].mean(axis=1) / len(columns)
+    mean = np.mean([x.mean() for x in columns])
+    return [float(mean), *np.quantile(means, (0.025, 0.975)).tolist()]
 
+# ---------------------------------------------------------------------------------- the evaluation
 
-# ------------------------------------------------------------------------------------ the table of arms
+def find_arms(model, runs):
+    """{run, or model before training: (name of the arm, config of the run or None)}. Runs of the
+    same name are seeds of one arm."""
+    configs = {str(run): read_config(run) for run in runs}
+    bases = [model_folder(model)] if model else [base_folder(*item) for item in configs.items()]
+    arms = {str(base): ("no training", None) for base in bases}
+    for run, config in configs.items():
+        lora = "LoRA_c" if config["window"] else "LoRA"
+        name = {"pte": "PTE", "lora": lora}.get(config["adapter"], config["adapter"])
+        if config["memory_update"] != "paper":
+            name += f" ({config['memory_update']})"
+        arms[run] = name, config
+    return arms
 
-@dataclass
-class Options(ModelOptions):
-    """The flags of `python evaluate.py`."""
-    runs: tuple[str, ...] = flag((), "run folders of train.py; those that differ in nothing but the seed make one arm")
-    data: tuple[str, ...] = flag((), f"JSONL files, or names: {', '.join(BENCHMARKS)}")
-    data_dir: str = flag("data", "folder with the files of the named ones, which else come from the Hugging Face hub")
-    limit: int = flag(0, "only the first so many problems of each, 0 for all", least=0)
-    window: tuple[int, ...] = flag((-1,), "thought tokens kept, 0 keeps all, -1: as trained, else 0", least=-1)
-    max_new_tokens: int = flag(512, "longest completion, in tokens", least=1)
-    samples: int = flag(1, "completions of each problem", least=1)
-    temperature: float = flag(0.0, "of sampling; 0 takes the likeliest token", least=0)
-    pass_at: int = flag(0, "k of the table's pass@k, 0: the paper's (16 for AIME), at most --samples", least=0)
-    batch: int = flag(32, "rows at a time", least=1)
-    json: str = flag("", "FILE.json for all scores, and FILE.jsonl, FILE.md beside it; default runs/eval-HASH.json")
-    plot: str = flag("", "FILE.png to draw accuracy over memory in (needs matplotlib)")
+def key(record):
+    return tuple(record[name] for name in ("model", "window", "data", "number", "sample"))
 
+def read_records(path, settings):
+    """{key: record}, as earlier calls with the same settings left them in a .jsonl file. Its first
+    line holds the settings; a last line that was cut off is dropped. Raises UserError."""
+    header = json.dumps(settings) + "\n"
+    text = path.read_text() if path.exists() else ""
+    if not text.startswith(header) and not header.startswith(text):
+        raise UserError(f"{path} holds something else, or results of other settings; give another "
+                        "--json")
+    whole = text[:text.rfind("\n") + 1] or header
+    if whole != text:
+        path.write_text(whole)
+    return {key(record): record for record in map(json.loads, whole.splitlines()[1:])}
 
-def summary(records, shown, k):
-    """A row for each arm and window: its scores on each data set, {name: [mean, low, high]}, and the average of those
-    shown, {data: name}. Of an arm with several models (seeds) a problem has the mean of their scores."""
-    rows = []
-    for arm, window in dict.fromkeys((r["arm"], r["window"]) for r in records):
-        mine, found = [r for r in records if (r["arm"], r["window"]) == (arm, window)], {data: {} for data in shown}
-        for r in mine:
-            for name, score in scores(r["samples"], k).items():
-                found[r["data"]].setdefault(name, {}).setdefault(r["number"], []).append(score)
-        columns = {data: {name: np.array([np.mean(x) for _, x in sorted(by_number.items())])    # (problems,)
-                          for name, by_number in names.items()} for data, names in found.items()}
-        rows.append({"arm": arm, "window": window, "models": list(dict.fromkeys(r["model"] for r in mine)),
-                     "cache_mb": max(r["cache_mb"] for r in mine), "memory_mb": max(r["memory_mb"] for r in mine),
-                     "average": interval([columns[data][name] for data, name in shown.items()]),
-                     "scores": {data: {name: interval([x]) for name, x in names.items()}
-                                for data, names in columns.items()}})
-    return rows
+def answer_problems(loaded, common, problems, todo, batch, seed, grader, **sampling):
+    """Yields the records of a batch. todo: [(number of the problem, sample)]. common: what stands
+    in every record. Each sample has a seed of its own, so it does not depend on the others."""
+    model, encoder, tokenizer = loaded
+    prompts = [tokenizer.prompt(problem_text(tokenizer, problem)) for problem in problems]
+    check_prompts(model, prompts, sampling["max_new_tokens"])
+    todo = sorted(todo, key=lambda pair: -len(prompts[pair[0]]))            # longest prompts first
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    title = f"{common['arm']}, {common['data']}, window {common['window'] or 'full'}"
+    for start in tqdm(range(0, len(todo), batch), desc=title):
+        chosen = todo[start:start + batch]
+        seeds = [(seed * 100_000 + number) * 1000 + sample for number, sample in chosen]
+        rollout = generate(model, encoder, [prompts[number] for number, _ in chosen], seeds=seeds,
+                           window=common["window"], **sampling)
+        records = grade_rollout([problems[i] for i, _ in chosen], rollout, tokenizer, grader)
+        for record, (number, sample) in zip(records, chosen):
+            record.update(common, number=number, sample=sample,
+                          cache_mb=rollout.cache_mb / len(chosen),
+                          memory_mb=weights / 1e6 + rollout.cache_mb)
+        yield records
 
+def table_row(arm, window, models, sets, records, grader):
+    """One arm under one window. The score of a problem is the mean over the arm's models."""
+    mine = [r for r in records.values() if r["model"] in models and r["window"] == window]
+    row = {"arm": arm, "window": window, "models": models, "scores": {}}
+    for name in ("cache_mb", "memory_mb"):
+        row[name] = max(record[name] for record in mine)
+    shown_columns = []
+    for data, (problems, _, _, k, shown) in sets.items():
+        samples = {}                                            # of one problem and one model
+        for record in mine:
+            if record["data"] == data:
+                samples.setdefault((record["number"], record["model"]), []).append(record)
+        scores = [problem_scores(samples[pair], k, grader) for pair in sorted(samples)]
+        row["scores"][data] = {}
+        for name in scores[0]:
+            column = np.reshape([score[name] for score in scores], (len(problems), -1)).mean(axis=1)
+            row["scores"][data][name] = interval([column])
+            if name == shown:
+                shown_columns.append(column)
+    row["average"] = interval(shown_columns)
+    return row
 
-def markdown(rows, shown):
-    """The table of arms, in %; the same by window, if there are several; and everything that was measured."""
-    def table(*lines):
-        return "".join("| " + " | ".join(line) + " |\n" for line in (lines[0], ["---"] * len(lines[0]), *lines[1:]))
-
-    def cell(x, name=""):
-        return "{:.1f} ({:.1f}-{:.1f})".format(*(y * (1 if name in ("tokens", "evictions") else 100) for y in x))
-    windows = {row["window"]: str(row["window"] or "full") for row in rows}
-    average = {(row["arm"], row["window"]): cell(row["average"]) for row in rows}
-    text = table(["arm", "window", *(f"{data} {name}".removesuffix(" accuracy") for data, name in shown.items()),
-                  "average", "cache MB", "memory MB"], *(
-        [row["arm"], windows[row["window"]], *(cell(row["scores"][data][name]) for data, name in shown.items()),
-         cell(row["average"]), f"{row['cache_mb']:.3f}", f"{row['memory_mb']:.0f}"] for row in rows))
-    if len(windows) > 1:
-        text += "\n" + table(["average by window", *windows.values()], *(
-            [arm, *(average.get((arm, W), "") for W in windows)] for arm in dict.fromkeys(row["arm"] for row in rows)))
-    return text + "\n" + table(["data", "arm", "window", *rows[0]["scores"][next(iter(shown))]], *(
-        [data, row["arm"], windows[row["window"]], *(cell(x, name) for name, x in row["scores"][data].items())]
-        for data in shown for row in rows))
-
+def markdown(rows, sets):
+    """The table of arms, in %."""
+    titles = [f"{data} {shown}".removesuffix(" accuracy") for data, (*_, shown) in sets.items()]
+    lines = [["arm", "window", *titles, "average", "cache MB", "memory MB"]]
+    lines.append(["---"] * len(lines[0]))
+    for row in rows:
+        scores = [row["scores"][data][shown] for data, (*_, shown) in sets.items()]
+        cells = []
+        for score in [*scores, row["average"]]:
+            cells.append("{:.1f} ({:.1f}-{:.1f})".format(*[100 * x for x in score]))
+        lines.append([row["arm"], str(row["window"] or "full"), *cells, f"{row['cache_mb']:.3f}",
+                      f"{row['memory_mb']:.0f}"])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 def draw(rows, path):
-    """Average accuracy over the cache of a row, a line for each arm."""
+    """Average accuracy over the cache of a sequence, a line for each arm."""
     import matplotlib.pyplot as plt
+    figure, axes = plt.subplots()
     for arm in dict.fromkeys(row["arm"] for row in rows):
-        x, y = zip(*sorted((row["cache_mb"], row["average"]) for row in rows if row["arm"] == arm))
-        mean, low, high = np.array(y).T
-        plt.errorbar(x, mean, [mean - low, high - mean], label=arm, marker="o", capsize=3)
-    plt.gca().set(xlabel="cache, MB a sequence", ylabel="accuracy, average")
-    plt.legend()
-    plt.savefig(path)
+        points = sorted([row["cache_mb"], *row["average"]] for row in rows if row["arm"] == arm)
+        x, mean, low, high = np.array(points).T
+        axes.errorbar(x, mean, [mean - low, high - mean], label=arm, marker="o", capsize=3)
+    axes.set(xlabel="cache of a sequence, MB", ylabel="average accuracy")
+    axes.legend()
+    figure.savefig(path)
 
-
-def compare(o):
-    """Measures, and writes FILE.json and FILE.md -> the Markdown tables, and FILE.json."""
-    problems, records, path = measure(o, grade)
-    shown = {p["data"]: f"pass@{k}" if (k := min(o.pass_at or p["k"], o.samples)) > 1 else "accuracy" for p in problems}
-    text = markdown(rows := summary(records, shown, o.pass_at), shown)
-    path.write_text(json.dumps({"rows": rows, "problems": records}, indent=1) + "\n")
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
-    if o.plot:
-        draw(rows, o.plot)
-    return text, path
-
+def compare(model="", runs=(), data=(), *, data_dir="data", limit=0, windows=(), max_new_tokens=0,
+            samples=0, temperature=-1.0, pass_at=0, batch=32, json_path="", plot="", seed=0,
+            dtype="auto", device="auto", evict_ratio=-1.0, grader="auto"):
+    """Measures all arms on all data under all windows (0, -1, "": see --help). Writes json_path
+    and, beside it, a .jsonl with a record per sample. Returns the table in Markdown."""
+    arms = find_arms(model, runs)
+    if not arms or not data:
+        raise UserError("which model, which problems? give --model DIR or --runs RUN, and --data "
+                        f"FILE.jsonl or one of {', '.join(BENCHMARKS)}")
+    if batch < 1 or min(limit, max_new_tokens, samples, pass_at, seed) < 0:
+        raise UserError("a number is too small: --batch is at least 1, the others are at least 0")
+    configs = [config for _, config in arms.values() if config]
+    configs = configs or [{"window": 0, "max_new_tokens": 512, "evict_ratio": 0.25}]
+    windows = list(windows) or sorted({config["window"] for config in configs})
+    max_new_tokens = max_new_tokens or max(config["max_new_tokens"] for config in configs)
+    ratio = evict_ratio if evict_ratio >= 0 else configs[0]["evict_ratio"]
+    for window in windows:
+        eviction_size(window, ratio)
+    grader = "builtin" if LIBRARY is None else grader
+    settings = {"grader": f"math-verify {LIBRARY}" if grader == "auto" else "builtin", "seed": seed,
+                "max_new_tokens": max_new_tokens, "evict_ratio": ratio, "dtype": dtype}
+    sets = {}
+    for name in data:
+        name, default_samples, problems = load_data(name, data_dir)
+        problems = problems[:limit or None]
+        n = samples or default_samples
+        k = min(pass_at or default_samples, n)
+        t = temperature if temperature >= 0 else 0.6 * (n > 1)
+        if pass_at > n or n > 1 and t == 0 or name in sets:
+            raise UserError(f"--data {name}: give each set once, at least as many --samples as "
+                            "--pass-at, and several samples a --temperature above 0")
+        sets[name] = problems, n, t, k, f"pass@{k}" if k > 1 else "accuracy"
+        content = hashlib.sha256(json.dumps(problems).encode()).hexdigest()
+        settings[name] = f"{n} samples at {t} of problems {content[:8]}"
+    path = Path(json_path or "runs/eval.json")
+    lines_path = path.with_suffix(".jsonl")
+    if path.suffix != ".json" or path.exists() and not lines_path.exists():
+        raise UserError(f"--json {path}: give a new name that ends in .json")
+    path.parent.mkdir(exist_ok=True)                                    # runs/
+    records = read_records(lines_path, settings)
+    for place, (arm, config) in arms.items():
+        loaded = None
+        for window, name in itertools.product(windows, sets):
+            problems, n, t, *_ = sets[name]
+            pairs = itertools.product(range(len(problems)), range(n))
+            todo = [pair for pair in pairs if (place, window, name, *pair) not in records]
+            if not todo:
+                continue
+            if not loaded and config:
+                loaded = load_run(place, model, device, dtype)[:3]
+            elif not loaded:
+                base, tokenizer = load_model(place, device, dtype)
+                loaded = base, None, tokenizer
+            common = {"arm": arm, "model": place, "window": window, "data": name}
+            for found in answer_problems(loaded, common, problems, todo, batch, seed, grader,
+                                         max_new_tokens=max_new_tokens, temperature=t,
+                                         evict_ratio=ratio):
+                records |= {key(record): record for record in found}
+                with open(lines_path, "a") as file:
+                    file.write("".join(json.dumps(record) + "\n" for record in found))
+    rows = []
+    for arm in dict.fromkeys(arm for arm, _ in arms.values()):
+        models = [place for place, (name, _) in arms.items() if name == arm]
+        rows.extend(table_row(arm, window, models, sets, records, grader) for window in windows)
+    write_json(path, {"grader": settings["grader"], "settings": settings, "rows": rows})
+    if plot:
+        draw(rows, plot)
+    text = markdown(rows, sets)
+    path.with_suffix(".md").write_text(text)
+    return text
 
 def main():
-    o = command_line(Options, __doc__)
-    if not o.data:
-        raise UserError(f"which problems? give --data FILE.jsonl, or one of {', '.join(BENCHMARKS)}")
-    if o.samples > 1 and not o.temperature:
-        raise UserError(f"--samples {o.samples} at --temperature 0 are all the same; give --temperature 0.6")
-    if o.pass_at > o.samples:
-        raise UserError(f"pass@{o.pass_at} wants at least as many samples; give --samples {o.pass_at}, or more")
-    if o.plot and not find_spec("matplotlib"):
-        raise UserError("--plot needs matplotlib: pip install matplotlib")
-    if o.plot and (Path(o.plot).suffix != ".png" or not Path(o.plot).parent.is_dir()):
-        raise UserError(f"--plot {o.plot}: give a name that ends in .png, in a folder that exists")
-    print("{}\nsaved: {}, .jsonl, .md".format(*compare(o)))
-
+    parser = ArgumentParser(description="Measures models and runs on problems: the table of arms.")
+    add = parser.add_argument
+    add("--model", default="", help="folder or Hugging Face id; default: that of the runs")
+    add("--runs", nargs="+", default=[], help="run folders of train.py")
+    add("--data", nargs="+", default=[], help=f"JSONL files, or: {', '.join(BENCHMARKS)}")
+    add("--data-dir", default="data", help="folder with the files of the named sets")
+    add("--limit", type=int, default=0, help="only the first so many problems; 0: all")
+    add("--window", type=int, nargs="+", default=[], dest="windows", metavar="W",
+        help="response tokens kept, 0: all; default: as in the runs")
+    add("--max-new-tokens", type=int, default=0, help="longest response; 0: as the runs, else 512")
+    add("--samples", type=int, default=0, help="responses per problem; 0: 16 for AIME, else 1")
+    add("--temperature", type=float, default=-1.0, help="-1: 0.6 for several samples, else 0")
+    add("--pass-at", type=int, default=0, help="k of pass@k and maj@k; 0: 16 for AIME, else 1")
+    add("--batch", type=int, default=32, help="rows that are decoded at a time")
+    add("--json", default="", dest="json_path", help="file for the scores; default: runs/eval.json")
+    add("--plot", default="", help="FILE.png: accuracy over memory (pip install matplotlib)")
+    add("--seed", type=int, default=0, help="other samples")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    add("--evict-ratio", type=float, default=-1.0, help="-1: as in the run, else 0.25")
+    add("--grader", default="auto", choices=("auto", "builtin"), help="builtin: no math-verify")
+    print(compare(**vars(parser.parse_args())))
 
 if __name__ == "__main__":
     run_script(main)

@@ -1,12 +1,13 @@
-"""conftest.py: what the invariant tests share: a tiny model, an adapter that matters, and a cache without tricks.
+"""What the tests of the core share: a tiny model, an adapter that matters, a cache without tricks.
 
-The weights are random but large: logits are far from uniform and attention is sharp, so one key too many, too few or at
-a wrong position shows in the first digits. Everything here is independent of cache.py, and small enough to be checked
-by eye: what `logits_by_hand` returns is what the whole project must reproduce. At the end: a run to put scripts to.
+The weights are random but large: attention is sharp, so one key too many, too few or at a wrong
+position shows in the first digits. `logits_by_hand` is what rollout and replay must reproduce.
 """
-import json
+import contextlib
+import io
+import itertools
+import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,204 +15,177 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import grpo
 import rollout
-import train
-from encoder import ThoughtEncoder
-from model import ModelConfig, Transformer
+from encoder import attach
+from model import ModelConfig, Transformer, run_script
 
 torch.set_num_threads(1)
 
-W, E, T = 8, 2, 24                                                              # of `roll`: 8 evictions, 9 segments
-EOS = (38, 39)                                                                  # two end tokens, the largest ids
-NEVER = 999                                                                     # the length of a row that never ends
-ENDS = [3, W, W + 1, W + 2, W + E, W + E + 1, 20, NEVER]                        # before, at and between evictions
-ALL = torch.arange(len(ENDS))                                                   # the rows of `roll`
-CONFIG = dict(model_type="qwen2", vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-              num_key_value_heads=2, head_dim=8, intermediate_size=48, max_position_embeddings=256,
-              rope_theta=100.0, eos_token_id=[])                                # theta 100: all pairs turn in 50 tokens
+EOS = (38, 39)                                      # two end tokens, the largest ids
+NEVER = 999                                         # the length of a row that never ends
+ADAPTERS = [("pte", "paper"), ("pte", "sum"), ("no-global", "paper"), ("global-only", "paper"),
+            ("lora", "paper")]                      # and update rules
+CONFIG = dict(
+    model_type="qwen2", vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, intermediate_size=48, max_position_embeddings=256,
+    rope_theta=100.0, eos_token_id=list(EOS))       # theta 100: every pair turns within 50 tokens
 
+# The rollouts of the fixture `roll`: 3 prompts, 2 responses each, 4 evictions in the longest.
+W = 4
+E = 2
+T = 12
+PROMPTS = (3, 6, 1)                                 # their lengths
+ENDS = [1, W, W + 1, W + E, W + E + 1, NEVER]       # at and between evictions
 
-def tiny_model(**config):
-    """A frozen Transformer of 2 layers with large random weights, always the same; config: changes to CONFIG."""
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long; run with -m slow")
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "slow" in item.keywords and "slow" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+def call(script, *argv):
+    """Runs a script (a module) as its command line does -> exit code, stdout, stderr."""
+    out = io.StringIO()
+    err = io.StringIO()
+    code = 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+          pytest.MonkeyPatch.context() as patch):
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, argv)])
+        try:
+            run_script(script.main)
+        except SystemExit as stop:
+            code = stop.code
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return code, out.getvalue(), err.getvalue()
+
+def tiny_model(**changes):
+    """A frozen Transformer of 2 layers with large random weights, always the same."""
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(CONFIG | config)).requires_grad_(False)
-    model.frequencies = model.frequencies.to(torch.get_default_dtype())         # angles too are float64 in float64
-    for p in model.parameters():
-        if p.ndim == 2:                                                         # (out, in)
-            p.normal_(std=1.5 / p.shape[1] ** 0.5)
+    model = Transformer(ModelConfig(CONFIG | changes)).requires_grad_(False)
+    model.frequencies = model.frequencies.to(torch.get_default_dtype())
+    for parameter in model.parameters():
+        if parameter.ndim == 2:                                             # (out, in)
+            parameter.normal_(std=1.5 / parameter.shape[1] ** 0.5)
     return model
 
-
-def tiny_encoder(model, kind="pte", update="paper", R=4, M=6, fresh=False):
-    """A ThoughtEncoder on the model, with R != M. Unless fresh, A is random and the adapter changes everything."""
+def tiny_encoder(model, adapter="pte", memory_update="paper", fresh=False):
+    """Attaches an adapter, R = 4 and M = 6 (M = 4 of a LoRA), with a random A unless fresh."""
     torch.manual_seed(1)
-    encoder = ThoughtEncoder(model, kind, R, M, alpha=R, update=update)
-    for linear in encoder.linears.values() if not fresh else ():
-        torch.nn.init.normal_(linear.A, std=0.3)
+    M = 4 if adapter == "lora" else 6
+    encoder = attach(model, adapter, 4, M, alpha=6.0, memory_update=memory_update)
+    for linear in [] if fresh else encoder.linears.values():
+        torch.nn.init.normal_(linear.A, std=0.2)
     return encoder
 
-
 def tiny_prompts(*lengths):
-    """One list of random ids per length, always the same for the same lengths."""
+    """One list of random ids for each length, always the same for the same lengths."""
     torch.manual_seed(2)
     return [torch.randint(EOS[0], (n,)).tolist() for n in lengths]
 
-
 class ListCache:
-    """The cache of one row as one would write it first: lists of keys and values. No ring, no mask of slots, no batch.
-
+    """The cache of one row as one would write it first: lists of keys and values, no slots.
     It takes the place of a SlidingCache in `Transformer.hidden`."""
 
     def __init__(self, n_layers):
-        self.position = 0
-        self.prompt = [None] * n_layers                                         # per layer (k, v), (1, KV, P, D)
-        self.thoughts = [[] for _ in range(n_layers)]                           # per layer a list of (k, v), T = 1
+        self.n_tokens = 0
+        self.prompt = [None] * n_layers                     # per layer (k, v), (1, KV, P, D) each
+        self.response = [[] for _ in range(n_layers)]       # per layer one (k, v) for each token
 
-    def begin(self, T):
-        positions = torch.arange(self.position, self.position + T)[None]        # the prompt at 0, 1, ..., then thoughts
-        self.position += T
-        return positions, torch.ones(T, T, dtype=torch.bool).tril() if T == self.position else None  # None: sees all
+    def reserve(self, n):
+        self.reserved = torch.arange(self.n_tokens, self.n_tokens + n)
+        self.n_tokens += n
+
+    def positions(self):
+        return self.reserved[None]                                          # (1, n)
+
+    def mask(self):
+        sees_all = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+        return sees_all if self.prompt[0] else None                         # None: causal
 
     def write(self, layer, k, v):
         if self.prompt[layer] is None:
-            self.prompt[layer] = k, v
+            self.prompt[layer] = (k, v)
         else:
-            self.thoughts[layer].append((k, v))
-        return [torch.cat(x, dim=2) for x in zip(self.prompt[layer], *self.thoughts[layer])]
+            self.response[layer].append((k, v))
+        keys, values = zip(self.prompt[layer], *self.response[layer])
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2)             # (1, KV, slots, D)
 
-    def evict(self, E):
-        """Pops the oldest E; (keys, values), each (L, 1, E, KV*D). All that is cached becomes a constant."""
+    def evict(self, n):
+        """Takes out the oldest n, (L, 1, n, KV*D) each; all that is cached becomes a constant."""
         self.prompt = [(k.detach(), v.detach()) for k, v in self.prompt]
-        self.thoughts = [[(k.detach(), v.detach()) for k, v in layer] for layer in self.thoughts]
-        popped = [[layer.pop(0) for _ in range(E)] for layer in self.thoughts]  # L lists of E pairs
-        return [torch.stack([torch.cat([pair[i].flatten(1) for pair in layer])[None] for layer in popped])
-                for i in range(2)]
+        keys = []
+        values = []
+        for layer, pairs in enumerate(self.response):
+            pairs = [(k.detach(), v.detach()) for k, v in pairs]
+            self.response[layer] = pairs[n:]
+            keys.append(torch.cat([k.flatten(1) for k, v in pairs[:n]]))    # (n, KV*D)
+            values.append(torch.cat([v.flatten(1) for k, v in pairs[:n]]))
+        return torch.stack(keys)[:, None], torch.stack(values)[:, None]     # (L, 1, n, KV*D)
 
-
-def logits_by_hand(model, encoder, prompt, tokens, W, E, truncate=0):
-    """The logits (T, vocab) under which one row draws its tokens (T,): one row, one token at a time, one graph.
-
-    truncate: the memory older than the last so many evictions is a constant."""
-    cache, evicted = ListCache(model.config.n_layers), []
-    S = encoder.read(encoder.start()) if encoder else None
+def logits_by_hand(model, encoder, prompt, tokens, window, evict_size, truncate=False):
+    """The logits (T, vocab) from which one row draws its tokens (a list of T ids), with nothing of
+    cache.py, rollout.py and grpo.py: one row, one token at a time, one graph, lists."""
+    cache = ListCache(model.config.n_layers)
+    memory = encoder and encoder.initial_memory()
+    S = encoder and encoder.state(memory)
     logits = [model(torch.tensor([prompt]), cache, S)[0, -1]]
     for token in tokens[:-1]:
-        if W and len(cache.thoughts[0]) == W:                                   # one more is to be written: E leave
-            evicted.append(cache.evict(E))
+        if window and len(cache.response[0]) == window:     # one more is to be written: some leave
+            K_e, V_e = cache.evict(evict_size)
             if encoder:
-                U = encoder.start()
-                for age, leaving in zip(range(len(evicted), 0, -1), evicted):   # oldest first; the newest has age 1
-                    if age == truncate < len(evicted):
-                        U = U.detach()
-                    U = encoder.write(U, *leaving)
-                S = encoder.read(U)
+                memory = memory.detach() if truncate else memory
+                memory = encoder.update(memory, K_e, V_e)
+                S = encoder.state(memory)
         logits.append(model(torch.tensor([[token]]), cache, S)[0, -1])
     return torch.stack(logits)
 
-
 def rows_of(r):
-    """(prompt, tokens) of every row of a Rollout, as lists without padding; the end token is the last."""
+    """(prompt, tokens) of every row of a Rollout, lists without padding, the end token included."""
+    columns = zip(r.prompt_of.tolist(), r.tokens.tolist(), r.lengths.tolist())
     prompts = [ids[:n] for ids, n in zip(r.prompt_ids.tolist(), r.prompt_lengths.tolist())]
-    return [(prompts[p], tokens) for p, tokens in zip(r.prompt_of.tolist(), r.completions())]
-
+    return [(prompts[p], tokens[:n]) for p, tokens, n in columns]
 
 @pytest.fixture
 def float64():
-    """The test runs in float64: where two computations of one number differ, it is no rounding."""
+    """The test runs in float64: where two computations of one number differ, it is not rounding."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
 
-
 @pytest.fixture
 def ends_at(monkeypatch):
-    """ends_at(lengths): `generate` draws as it always does, but row b ends with its lengths[b]-th token, no sooner."""
-    real = rollout.sample
+    """ends_at(lengths): `generate` draws as always, but row b ends with token lengths[b]."""
+    real_sample = rollout.sample
 
     def script(lengths):
-        lengths, steps = torch.tensor(lengths), iter(range(NEVER))
+        lengths = torch.tensor(lengths)
+        steps = itertools.count()
 
-        def sample(logits, *settings):
-            nonlocal lengths
+        def sample(logits, temperature, u):
             t = next(steps)
-            if len(logits) < len(lengths):                                      # finished rows have left the batch
-                lengths = lengths[(lengths <= t).int().argsort(stable=True)[:len(logits)]]
-            ids, _ = real(logits, *settings)
-            ids[(ids >= EOS[0]) & (t + 1 < lengths)] -= 20                      # an end too soon becomes another token
-            ids[lengths == t + 1] = EOS[t % 2]
-            return ids, logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+            ids, _ = real_sample(logits, temperature, u)
+            ids = torch.where(ids >= EOS[0], ids - 20, ids)     # not yet: some other token
+            going_on = lengths[lengths > t]                     # (b,) rows that are in the batch
+            ids = torch.where(going_on == t + 1, EOS[t % 2], ids)
+            logps = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+            return ids, logps.gather(1, ids[:, None])[:, 0]
+
         monkeypatch.setattr(rollout, "sample", sample)
     return script
 
-
 @pytest.fixture
 def roll(ends_at):
-    """roll(): a model, its encoder and 8 rollouts of 4 prompts of mixed length, which end in 8 ways."""
-    def make(kind="pte", update="paper", fresh=False, window=W):
-        model = tiny_model(eos_token_id=list(EOS))
-        encoder = tiny_encoder(model, kind, update, fresh=fresh) if kind else None
+    """roll(): a model, its encoder and a Rollout of 6 rows that end in different ways (ENDS)."""
+    def make(adapter="pte", memory_update="paper", temperature=1.0):
+        model = tiny_model()
+        encoder = tiny_encoder(model, adapter, memory_update)
         ends_at(ENDS)
-        r = rollout.generate(model, encoder, tiny_prompts(3, 7, 1, 5), 2, max_new_tokens=T, window=window)
+        r = rollout.generate(model, encoder, tiny_prompts(*PROMPTS), 2, max_new_tokens=T, window=W,
+                             evict_ratio=E / W, temperature=temperature)
         assert r.lengths.tolist() == [min(n, T) for n in ENDS]
         return model, encoder, r
     return make
-
-
-def off_policy(r):
-    """The rollout with old log-probs that are off by up to 0.5: the clip acts on some tokens, on others it does not."""
-    torch.manual_seed(4)
-    return replace(r, logps=r.logps + torch.rand_like(r.logps) - 0.5)
-
-
-def gradients(model, encoder, r, advantages, batches=(ALL,), **settings):
-    """The gradient of a whole step {name: tensor}, with N = 100, and what `backward` returns for each batch of rows."""
-    encoder.zero_grad()
-    sums = [grpo.backward(model, encoder, r, advantages, rows, total=100, **settings) for rows in batches]
-    return {name: p.grad.clone() for name, p in encoder.trainable().items()}, sums
-
-
-def assert_same(got, wanted):
-    """Two gradients, every tensor to 1e-9 of its largest number; and none is zero."""
-    assert got.keys() == wanted.keys()
-    for name in wanted:
-        assert wanted[name].abs().max() > 1e-6, name
-        assert (got[name] - wanted[name]).abs().max() <= 1e-9 * wanted[name].abs().max(), name
-
-
-# ---- the scripts, as small as they get -------------------------------------------------------------------------------
-SMALL = ("--steps 2 --prompts 2 --group-size 4 --window 8 --evict-ratio 0.5 --test-problems 4 --base-steps 3 "
-         "--device cpu").split()
-
-
-def call(module, *argv):
-    """Runs a script's main() in this process, as run_script does -> exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [Path(module.__file__).name, *map(str, argv)])
-        try:
-            rollout.run_script(module.main)
-        except SystemExit as end:
-            return end.code
-    return 0
-
-
-def lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """A run of the default job, as small as it gets: two steps on a base that has learnt next to nothing."""
-    out = tmp_path_factory.mktemp("runs") / "run"
-    assert call(train, *SMALL, "--out", out) == 0
-    return out
-
-
-@pytest.fixture(scope="session")
-def problems(tmp_path_factory):
-    """A file of problems that the tiny model can read, under the three names that a problem may have."""
-    path = tmp_path_factory.mktemp("data") / "problems.jsonl"
-    rows = [{"problem": "527184=", "answer": "7"}, {"question": "903341=", "answer": 0},
-            {"prompt": "12=", "answer": "so far 5\n#### 3"}]
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    return path

@@ -1,203 +1,140 @@
-"""The sliding cache: a ring that never moves a key does what a list that pops its oldest does."""
+"""The sliding cache: a ring of slots does what a list that pops its oldest does."""
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cache import SlidingCache, eviction_size
-from conftest import logits_by_hand, tiny_encoder, tiny_model, tiny_prompts
 from model import UserError
-from rollout import generate
 
-LENGTHS = torch.tensor([2, 5, 3])                                               # true prompt lengths, padded to 5
-B, KV, P, D = 3, 2, 5, 4
-RINGS = [(8, 2), (8, 1), (4, 4), (1, 1), (6, 3)]                                # (W, E)
+LENGTHS = torch.tensor([2, 5, 3])                   # of the prompts, padded to P = 5
+L = 3
+B = 3
+KV = 2
+P = 5
+D = 4
 
+def write(cache, k):
+    """Writes the keys (b, KV, T, D) of the next T tokens, plus 100 times the number of the layer;
+    values are the negatives of keys. Returns the keys that attention reads in layer 0."""
+    cache.reserve(k.shape[2])
+    for layer in range(L):
+        keys, values = cache.write(layer, k + 100 * layer, -k - 100 * layer)    # (b, KV, slots, D)
+        assert torch.equal(values, -keys)
+    return cache.keys[0][:, :, :keys.shape[2]]
 
-def filled_cache(W, E, n_layers=1):
-    """A cache after its prompts, and what the prompts wrote: keys (B, KV, P, D), the values are their negatives."""
+def filled_cache(window, evict_size):
+    """A cache after its prompts, and the keys (B, KV, P, D) of the prompts."""
     torch.manual_seed(0)
     prompt = torch.randn(B, KV, P, D)
-    cache = SlidingCache(n_layers, LENGTHS, W, E, max_thoughts=100)
-    cache.begin(P)
-    for layer in range(n_layers):
-        cache.write(layer, prompt + layer, -prompt - layer)
-    cache.spread(torch.arange(B))
+    cache = SlidingCache(L, LENGTHS, P, window, evict_size, max_new_tokens=12)
+    write(cache, prompt)
+    cache.expand_prompts(torch.arange(B))
     return cache, prompt
 
-
-def by_age(x):
-    """Puts the slots of (KV, slots, D) in one order, whatever slots they were: that of their first number."""
-    return x[:, x[0, :, 0].argsort()]
-
-
-@pytest.mark.parametrize("W, E", RINGS)
-def test_ring_equals_a_list_that_pops_its_oldest(W, E):
-    """At every step each row sees its own prompt without pads, and of its thoughts what the list still has."""
+@pytest.mark.parametrize("by_segment", [False, True])
+@pytest.mark.parametrize("W, E", [(8, 2), (8, 1), (4, 4), (1, 1), (6, 3)])
+def test_ring_equals_a_list_that_pops_its_oldest(W, E, by_segment):
+    """Tokens come one at a time, as in a rollout, or a segment at a time, as in a replay. Every
+    token sees the prompt of its row without pads, what the list still has, and itself."""
     cache, prompt = filled_cache(W, E)
-    kept, n_evictions = [], 0                                                   # the list: keys (B, KV, 1, D)
-    for n in range(5 * W + 3):
-        assert cache.full == (len(kept) == W)
-        if cache.full:
-            K_e, V_e = cache.evict()                                            # (1, B, E, KV*D)
-            leaving, kept, n_evictions = torch.cat(kept[:E], dim=2), kept[E:], n_evictions + 1
-            assert torch.equal(K_e[0], leaving.transpose(1, 2).flatten(2))      # the oldest E, in order
+    kept = []                                                   # the list: keys (B, KV, 1, D)
+    n = 0
+    for size in [W] + [E] * 8:
+        if n > 0:
+            assert cache.is_full
+            K_e, V_e = cache.evict()                                            # (L, B, E, KV*D)
+            leaving = torch.cat(kept[:E], dim=2).transpose(1, 2).flatten(2)     # (B, E, KV*D)
             assert torch.equal(V_e, -K_e)
-        positions, mask = cache.begin(1)
-        k = torch.randn(B, KV, 1, D)
-        kept.append(k)
-        with torch.no_grad():
-            keys, values = cache.write(0, k, -k)
-        assert torch.equal(positions[:, 0], LENGTHS + n)                        # thought n stands at prompt_length + n
-        for b in range(B):
-            seen = keys[b][:, mask[b, 0, 0]]
-            wanted = torch.cat([prompt[b, :, :LENGTHS[b]], *(k[b] for k in kept)], dim=1)
-            assert torch.equal(by_age(seen), by_age(wanted))
-            assert torch.equal(values[b], -keys[b])
-    assert n_evictions >= 4
+            for layer in range(L):
+                assert torch.equal(K_e[layer], leaving + 100 * layer)
+            kept = kept[E:]
+        for T in [size] if by_segment else [1] * size:
+            assert not cache.is_full
+            k = torch.randn(B, KV, T, D)
+            keys = write(cache, k)
+            for i in range(T):
+                kept.append(k[:, :, i:i + 1])
+                assert torch.equal(cache.positions()[:, i], LENGTHS + n)
+                n += 1
+                for b in range(B):
+                    seen = keys[b][:, cache.mask()[b, 0, i]]                    # (KV, n_seen, D)
+                    wanted = torch.cat([prompt[b, :, :LENGTHS[b]], *[k[b] for k in kept]], dim=1)
+                    assert torch.equal(seen.sort(dim=1).values, wanted.sort(dim=1).values)
 
+def test_rows_that_go_on_see_what_they_saw_before():
+    cache, prompt = filled_cache(4, 2)
+    k = torch.randn(B, KV, 3, D)
+    write(cache, k)
+    cache.select_rows(torch.tensor([2, 0]))
+    keys = write(cache, torch.zeros(2, KV, 1, D))
+    assert cache.positions().tolist() == [[3 + 3], [2 + 3]]
+    for row, b in enumerate([2, 0]):
+        wanted = torch.cat([prompt[b, :, :LENGTHS[b]], k[b], torch.zeros(KV, 1, D)], dim=1)
+        assert torch.equal(keys[row][:, cache.mask()[row, 0, 0]], wanted)
 
-@pytest.mark.parametrize("W, E", RINGS)
-def test_thoughts_written_as_a_segment_are_seen_as_if_written_one_by_one(W, E):
-    """Training writes W, then E thoughts at a time, with a graph: the same slots, masks and positions as decoding."""
-    one, _ = filled_cache(W, E)
-    many, _ = filled_cache(W, E)
-    first = 0
-    for T in [W, E, E, E, E, E, E]:
-        if first:
-            assert all(torch.equal(a, b) for a, b in zip(one.evict(), many.evict()))
-        k = torch.randn(B, KV, T, D)
-        positions, mask = many.begin(T)
-        keys, _ = many.write(0, k, k)
-        for i in range(T):
-            position, mask_i = one.begin(1)
-            with torch.no_grad():
-                keys_i, _ = one.write(0, k[:, :, i:i + 1], k[:, :, i:i + 1])
-            assert torch.equal(position[:, 0], positions[:, i])
-            for b in range(B):
-                assert torch.equal(keys_i[b][:, mask_i[b, 0, 0]], keys[b][:, mask[b, 0, i]])
-        first += T
-
-
-@pytest.mark.parametrize("whole", [False, True])
-def test_attention_reads_the_slots_in_use_or_for_a_fixed_shape_all(whole):
-    cache, _ = filled_cache(W=8, E=2)
-    cache.whole = whole
-    for n in range(1, 20):
-        if cache.full:
-            cache.evict()
-        _, mask = cache.begin(1)
-        with torch.no_grad():
-            keys, values = cache.write(0, torch.zeros(B, KV, 1, D), torch.zeros(B, KV, 1, D))
-        assert keys.shape[2] == values.shape[2] == mask.shape[3] == P + (8 if whole else min(n, 8))
-
-
-def test_every_thought_leaves_once_and_in_order():
-    cache, _ = filled_cache(W=8, E=2, n_layers=3)
-    left = []
-    for n in range(50):
-        if cache.full:
-            left.append(cache.evict()[0])                                       # (L, B, E, KV*D)
-        cache.begin(1)
-        with torch.no_grad():
-            for layer in range(3):
-                cache.write(layer, torch.full((B, KV, 1, D), n + 100. * layer), torch.zeros(B, KV, 1, D))
-    left = torch.cat(left, dim=2)                                               # 21 evictions of 2
-    wanted = torch.arange(42.) + 100. * torch.arange(3)[:, None]                # (L, 42)
-    assert torch.equal(left, wanted[:, None, :, None].expand_as(left))
-
-
-def test_what_left_is_a_constant_and_stays_as_it_was():
-    """Its slots are written over by the next thoughts; the encoder must not see that, nor send a gradient there."""
-    cache, _ = filled_cache(W=4, E=2)
-    k = torch.randn(B, KV, 4, D, requires_grad=True)
-    cache.begin(4)
-    cache.write(0, k, k)
+def test_what_has_left_is_a_constant():
+    """Its slots are written over; the encoder must not see that, nor send a gradient there."""
+    cache, _ = filled_cache(4, 2)
+    write(cache, torch.randn(B, KV, 4, D, requires_grad=True))
     K_e, V_e = cache.evict()
-    before = K_e.clone(), V_e.clone()
-    cache.begin(2)
+    before = K_e.clone()
+    assert all(x.requires_grad for x in cache.keys + cache.values)
     cache.detach()
-    with torch.no_grad():
-        cache.write(0, torch.zeros(B, KV, 2, D), torch.zeros(B, KV, 2, D))
-    assert torch.equal(K_e, before[0]) and torch.equal(V_e, before[1])
+    assert not any(x.requires_grad for x in cache.keys + cache.values)
+    write(cache, torch.zeros(B, KV, 2, D))
+    assert torch.equal(K_e, before) and torch.equal(V_e, -before)
     assert not K_e.requires_grad and not V_e.requires_grad
 
+@pytest.mark.parametrize("read_all", [False, True])
+def test_attention_reads_the_slots_in_use_or_all_of_them(read_all):
+    cache, _ = filled_cache(8, 2)
+    cache.read_all_slots = read_all
+    for n in range(1, 20):
+        if cache.is_full:
+            cache.evict()
+        keys = write(cache, torch.zeros(B, KV, 1, D))
+        assert keys.shape[2] == cache.mask().shape[3] == P + (8 if read_all else min(n, 8))
+        n_seen = n if n <= 8 else 8 - n % 2
+        assert cache.mask().sum(dim=3).flatten().tolist() == (LENGTHS + n_seen).tolist()
 
-def test_thoughts_stand_where_the_row_really_is(float64):
-    """The model under the ring equals the model under lists, where a row has no pads and no slots to be wrong about."""
-    model = tiny_model()
-    encoder = tiny_encoder(model)
-    prompts, W, E, T = tiny_prompts(2, 7, 4), 8, 2, 40                          # 16 evictions
-    tokens = torch.randint(40, (3, T))
-    cache = SlidingCache(2, torch.tensor([2, 7, 4]), W, E, T)
-    ids = torch.tensor([p + [0] * (7 - len(p)) for p in prompts])               # (3, 7)
-    U = encoder.start()
-    with torch.no_grad():
-        logits = [model(ids, cache, encoder.read(U))[[0, 1, 2], [1, 6, 3]]]     # at each row's last prompt token
-        cache.spread(torch.arange(3))
-        for t in range(T - 1):
-            if cache.full:
-                U = encoder.write(U, *cache.evict())
-            logits.append(model(tokens[:, t:t + 1], cache, encoder.read(U))[:, 0])
-        logits = torch.stack(logits, dim=1)                                     # (3, T, vocab)
-        for b in range(3):
-            wanted = logits_by_hand(model, encoder, prompts[b], tokens[b].tolist(), W, E)
-            torch.testing.assert_close(logits[b], wanted, atol=1e-9, rtol=0)
+class CountBuffers(TorchDispatchMode):
+    """At every operation: how many of the old buffers are alive, plus the new ones made so far."""
 
+    def __init__(self, cache, shape):
+        super().__init__()
+        self.old = [weakref.ref(x) for x in cache.keys + cache.values]
+        self.shape = shape
+        self.n_new = 0
+        self.most = 0
 
-def test_pads_of_short_prompts_are_never_seen():
-    """Other ids behind a prompt's end: not one bit of the real tokens' states changes, before and after evictions."""
-    model, lengths, states = tiny_model(), torch.tensor([2, 6]), []
-    for pad in (0, 17):
-        ids = torch.tensor([[5, 6] + [pad] * 4, [1, 2, 3, 4, 5, 6]])
-        cache = SlidingCache(2, lengths, 4, 2, 30)
-        with torch.no_grad():
-            states.append([model.hidden(ids, cache)[0, :2]])
-            cache.spread(torch.arange(2))
-            for t in range(20):
-                if cache.full:
-                    cache.evict()
-                states[-1].append(model.hidden(torch.full((2, 1), t), cache))
-    assert all(torch.equal(a, b) for a, b in zip(*states))
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.n_new += result.shape == self.shape
+        n_old = sum(ref() is not None for ref in self.old)
+        self.most = max(self.most, n_old + self.n_new)
+        return result
 
+@pytest.mark.parametrize("change, n_rows, n_slots", [
+    (SlidingCache.select_rows, 2, P + 8), (SlidingCache.expand_prompts, 7, P + 8 + 8)])
+def test_new_rows_keep_one_old_buffer_alive_at_a_time(change, n_rows, n_slots):
+    """With all of them the peak of a rollout's memory would be twice its cache."""
+    cache, _ = filled_cache(8, 2)
+    with CountBuffers(cache, (n_rows, KV, n_slots, D)) as count:
+        change(cache, torch.arange(n_rows) % B)
+    assert count.n_new == 2 * L and count.most == 2 * L + 1
 
-def test_a_prompt_region_of_few_widths_changes_nothing():
-    """Slots between the prompt and the ring, which nobody sees: one shape for prompts of all lengths."""
-    model, prompts, logits = tiny_model(), torch.tensor(tiny_prompts(5, 5)), []
-    for multiple in (1, 16):
-        cache = SlidingCache(2, torch.tensor([5, 3]), 8, 2, 30)
-        model.hidden(prompts, cache)
-        cache.spread(torch.tensor([0, 1, 1]), multiple)
-        assert cache.P == {1: 5, 16: 16}[multiple] and cache.keys[0].shape[2] == cache.P + 8 == cache.seen.shape[1]
-        for t in range(20):
-            if cache.full:
-                cache.evict()
-            logits.append(model(torch.full((3, 1), t), cache))
-    torch.testing.assert_close(logits[:20], logits[20:], atol=1e-4, rtol=1e-4)
+def test_a_window_that_never_fills_takes_no_more_than_a_full_cache():
+    keys_and_values = 2 * L * B * KV * (P + 12) * D * 4                             # bytes, float32
+    for window in (0, 12, 64):
+        assert filled_cache(window, window // 4)[0].megabytes == keys_and_values / 1e6
 
-
-def test_memory_does_not_grow_with_the_thought():
-    model, prompts = tiny_model(), tiny_prompts(4)
-    sizes = [generate(model, None, prompts, max_new_tokens=T, window=8).cache_megabytes for T in (10, 60)]
-    assert sizes[0] == sizes[1] == 2 * 2 * 2 * (4 + 8) * 8 * 4 / 1e6            # k and v, L, KV, P + W, D, bytes
-    full = [generate(model, None, prompts, max_new_tokens=T, window=0).cache_megabytes for T in (10, 60)]
-    assert full[0] < full[1]
-
-
-def test_a_window_longer_than_the_thoughts_takes_no_more_than_they_do():
-    """Nothing would ever leave: that is a full cache, not one with empty slots."""
-    model, prompts = tiny_model(), tiny_prompts(3, 7)
-    full, wide = (generate(model, None, prompts, max_new_tokens=12, window=window) for window in (0, 64))
-    assert torch.equal(full.tokens, wide.tokens) and full.cache_megabytes == wide.cache_megabytes
-    assert not wide.evictions().any()
-
-
-@pytest.mark.parametrize("window, ratio, E", [(16, 0.25, 4), (12, 0.5, 6), (16, 1.0, 16), (10, 0.1, 1), (0, 0.25, 0),
-                                              (0, 7.0, 0), (1000, 0.001, 1)])
-def test_eviction_size(window, ratio, E):
-    assert eviction_size(window, ratio) == E
-
-
-@pytest.mark.parametrize("window, ratio", [(10, 0.25), (-4, 0.25), (16, 0), (12, 0.4), (16, -0.25), (16, 2.0),
-                                           (10, 0.3), (16, float("nan")), (16, float("inf"))])
-def test_an_eviction_that_does_not_divide_the_window_is_refused(window, ratio):
-    with pytest.raises(UserError):
-        eviction_size(window, ratio)
+def test_the_size_of_an_eviction_divides_the_window():
+    for window, ratio, size in [(16, 0.25, 4), (12, 0.5, 6), (16, 1.0, 16), (10, 0.1, 1),
+                                (0, 0.25, 0), (1000, 0.001, 1)]:
+        assert eviction_size(window, ratio) == size
+    for window, ratio in [(10, 0.25), (-4, 0.25), (16, 0), (12, 0.4), (16, -0.25), (16, 2.0),
+                          (10, 0.3), (4, 0.01), (16, float("nan")), (16, float("inf"))]:
+        with pytest.raises(UserError):
+            eviction_size(window, ratio)

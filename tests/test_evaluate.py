@@ -1,295 +1,296 @@
-"""evaluate.py: scores against brute force, what a model is asked, the hub (a fake one). The table: test_arms.py.
+"""evaluate.py: scores against brute force, problem files, arms, the table, and resuming.
 
-Models are as good as random here, and say so: where a score has to be more than 0, a text is right if the sum of its
-characters is even (`coin`). How answers are compared: test_answers.py; mistakes on the command line: test_mistakes.py.
+The models are as good as random: where a score has to be more than 0, a text is right if the sum
+of its characters is even (`coin`). How answers are compared: test_answers.py.
 """
 import json
 import sys
-from fnmatch import fnmatch
 from itertools import combinations, permutations
 from pathlib import Path
-from shutil import copy, copytree
-from types import ModuleType
+from shutil import copytree
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
-import encoder
 import evaluate
-import rollout
-import train
-from conftest import SMALL, call
-from evaluate import grade, interval, majority, pass_at_k, scores
-from model import UserError, read_safetensors
-from train import write_safetensors
+from conftest import CONFIG, tiny_encoder, tiny_model
+from encoder import save_adapter
+from evaluate import (BENCHMARKS, ProblemFile, compare, find_arms, grade, interval, load_data,
+                      load_problems, majority, pass_at_k, problem_scores)
+from model import UserError, write_json, write_safetensors
 
-DIGITS = ["527184=", "12=", "903341,527184=", "7=", "4455=", "12="]             # two of one length; one comes twice
-
+DIGITS = ["527184=", "12=", "903341,527184=", "7=", "4455=", "12="]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Two files of problems, `six` and `two`; the second is also the only one with a k of its own: AIME24."""
-    here = tmp_path_factory.mktemp("data")
+    """Two files of problems, six.jsonl and aime24.jsonl; the second one has a k of its own."""
+    folder = tmp_path_factory.mktemp("data")
     for name, texts in (("six", DIGITS), ("aime24", DIGITS[:2])):
-        (here / f"{name}.jsonl").write_text("".join(json.dumps({"problem": t, "answer": 3}) + "\n" for t in texts))
-    return here
+        rows = [json.dumps({"problem": text, "answer": 3}) for text in texts]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows))
+    return folder
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run of a random model, with 40 tokens: 38 characters and two end tokens."""
+    run = tmp_path_factory.mktemp("run")
+    config = {"model": "tiny", "adapter": "pte", "memory_update": "paper", "rank": 4, "alpha": 6.0,
+              "global_tokens": 6, "window": 8, "evict_ratio": 0.5, "max_new_tokens": 24, "seed": 0}
+    model = tiny_model()
+    base = run / "base"
+    base.mkdir()
+    write_json(base / "config.json", CONFIG)
+    write_safetensors(base / "model.safetensors", model.tensors())
+    vocab = {chr(ord("0") + i): i for i in range(38)}           # 0 ... 9 : ; < = > ? @ A ... U
+    vocab[","] = vocab.pop("U")
+    ends = [{"id": i, "content": f"<|{i}|>", "special": True} for i in (38, 39)]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    write_json(base / "tokenizer.json", {
+        "added_tokens": ends, "pre_tokenizer": byte_level, "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": []}})
+    write_json(run / "config.json", config)
+    save_adapter(run, tiny_encoder(model), config)
+    return run
 
 @pytest.fixture
 def coin(monkeypatch):
-    monkeypatch.setattr(evaluate, "grade", lambda problem, text: (text, sum(map(ord, text)) % 2 == 0))
+    def grade(problem, text, grader):
+        return text, sum(map(ord, text)) % 2 == 0
+    monkeypatch.setattr(evaluate, "grade", grade)
 
-
-def arguments(*flags):
-    return ["--device", "cpu", "--max-new-tokens", 24, "--evict-ratio", 0.5, *flags]
-
-
-def variant(run, to, noise=0.0, **changes):
-    """A copy of a run with other settings in its config.json and noise in its adapter."""
+def variant(run, to, **changes):
+    """A copy of a run with other settings in its config.json."""
     copytree(run, to)
-    (to / "config.json").write_text(json.dumps(json.loads((run / "config.json").read_text()) | changes))
-    torch.manual_seed(0)
-    write_safetensors(to / "adapter.safetensors", {name: x + noise * torch.randn_like(x) for name, x in
-                                                    read_safetensors(run / "adapter.safetensors").items()})
+    config = json.loads((run / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(config | changes))
     return to
 
+SMALL = dict(max_new_tokens=24, device="cpu", grader="builtin", evict_ratio=0.5)
 
-def refusal(capsys, module, *argv):
-    """The one line with which a script refuses its arguments."""
-    capsys.readouterr()
-    assert call(module, *argv) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1, err
-    return err
+# ---- scores
 
-
-# ---- scores ----------------------------------------------------------------------------------------------------------
 def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_sample():
     for n in range(1, 8):
         for c in range(n + 1):
             for k in range(1, n + 1):
-                subsets = [any(subset) for subset in combinations([True] * c + [False] * (n - c), k)]
-                assert pass_at_k(n, c, k) == pytest.approx(sum(subsets) / len(subsets), abs=1e-12)
+                subsets = list(combinations([True] * c + [False] * (n - c), k))
+                share = sum(any(subset) for subset in subsets) / len(subsets)
+                assert pass_at_k(n, c, k) == pytest.approx(share, abs=1e-12)
 
+def said(*predictions):
+    return [{"prediction": p, "correct": p in ("1/2", "0.5", r"\frac12"), "truncated": p is None,
+             "tokens": 10 * i, "evictions": i} for i, p in enumerate(predictions)]
 
-def said(*predictions, right=("1/2", "0.5", r"\frac12")):
-    """Samples with these predictions, as `measure` grades them."""
-    return [{"prediction": p, "correct": p in right, "truncated": p is None, "tokens": 10 * i, "evictions": i}
-            for i, p in enumerate(predictions)]
-
-
-@pytest.mark.parametrize("predictions, point", [
-    (["1/2"], 1), (["3"], 0), (["1/2", "3"], 1 / 2), (["1/2", "3", "4"], 1 / 3), (["3", "4"], 0),
-    (["1/2", "1/2", "3"], 1), (["1/2", "3", "3"], 0), (["1/2", "1/2", "3", "3", "4"], 1 / 2),
-    ([None, None, "1/2"], 1), ([None, None], 0), ([None, None, "1/2", "3"], 1 / 2),
-    (["3", "3", "1/2", "0.5", r"\frac12"], 1), (["3", "3", "1/2", "0.5"], 1 / 2),
-    (["3", "3.0", "6/2", "1/2", "0.5"], 0),
-    (["", "", "1/2"], 0)])                                                      # an empty box is an answer
-def test_the_most_frequent_value_wins_in_any_order_and_spelling(predictions, point):
-    for order in permutations(predictions):
-        assert majority(said(*order)) == pytest.approx(point)
-
-
-def test_which_k_are_measured():
-    for n, k, wanted in ((1, 0, []), (1, 1, []), (2, 0, [2]), (3, 0, [2, 3]), (4, 1, [2, 4]), (5, 3, [2, 3, 4, 5]),
-                         (16, 0, [2, 4, 8, 16]), (20, 16, [2, 4, 8, 16, 20])):
-        assert [*scores(said(*["3"] * n), k)] == ["accuracy", *(f"pass@{k}" for k in wanted),
-                                                  *(f"maj@{k}" for k in wanted), "truncated", "tokens", "evictions"]
-
+def test_the_most_frequent_value_wins_in_any_order_and_spelling():
+    for predictions, point in [
+            (["1/2"], 1), (["3"], 0), (["1/2", "3"], 1 / 2), (["1/2", "3", "4"], 1 / 3),
+            (["3", "4"], 0), (["1/2", "1/2", "3"], 1), (["1/2", "3", "3"], 0),
+            (["1/2", "1/2", "3", "3", "4"], 1 / 2), ([None, None, "1/2"], 1), ([None, None], 0),
+            (["3", "3", "1/2", "0.5", r"\frac12"], 1), (["3", "3.0", "6/2", "1/2", "0.5"], 0)]:
+        for order in permutations(predictions):
+            assert majority(said(*order)) == pytest.approx(point)
 
 def test_scores_of_one_problem():
-    got = scores(said("3", "1/2", "3", None, "0.5"), 3)
-    assert got == pytest.approx({
-        "accuracy": 2 / 5, "pass@2": 1 - 3 / 10, "pass@3": 1 - 1 / 10, "pass@4": 1, "pass@5": 1,
-        "maj@2": 1 / 2, "maj@3": 0, "maj@4": 0, "maj@5": 1 / 2, "truncated": 1 / 5, "tokens": 20, "evictions": 2})
-
+    got = problem_scores(said("3", "1/2", "3", None, "0.5"), 3)
+    assert got == pytest.approx({"accuracy": 2 / 5, "pass@3": 1 - 1 / 10, "maj@3": 0,
+                                 "truncated": 1 / 5, "tokens": 20, "evictions": 2})
+    assert "pass@1" not in problem_scores(said("3"), 1)
 
 def test_the_interval_covers_a_known_mean():
-    """200 data sets of 60 problems at 30 %: about 95 in 100 intervals hold 30 %, misses fall on both sides."""
+    """200 data sets of 60 problems at 30 %: about 95 in 100 intervals hold 30 %."""
     rng = np.random.default_rng(1)
     found = [interval([rng.random(60) < 0.3]) for _ in range(200)]
-    low, high = (sum(f(x) for x in found) for f in (lambda x: x[2] < 0.3, lambda x: x[1] > 0.3))
-    assert 176 <= 200 - low - high <= 198 and low and high
+    misses = [mean for mean, low, high in found if not low <= 0.3 <= high]
+    assert 2 <= len(misses) <= 24
     assert all(low <= mean <= high for mean, low, high in found)
 
-
-def test_the_average_weighs_data_sets_alike_and_draws_within_each():
-    rng = np.random.default_rng(2)
-    x, y = rng.random(400), rng.random(100) < 0.5
+def test_the_average_weighs_data_sets_alike():
+    x = np.random.default_rng(2).random(400)
+    y = np.arange(100) % 2
     mean, low, high = interval([x, y])
     assert mean == pytest.approx((x.mean() + y.mean()) / 2)
-    assert high - low == pytest.approx(2 * 1.96 * (x.var() / 400 + y.var() / 100) ** 0.5 / 2, rel=0.1)
-    assert interval([np.zeros(9), np.ones(3)]) == [0.5, 0.5, 0.5] and interval([np.full(7, 0.25)]) == [0.25] * 3
-    assert interval([x, y]) == [mean, low, high]                                # the same for the same numbers
+    assert high - low == pytest.approx(1.96 * (x.var() / 400 + y.var() / 100) ** 0.5, rel=0.1)
+    assert interval([np.zeros(9), np.ones(3)]) == [0.5, 0.5, 0.5]
 
+def test_a_problem_says_how_strictly_it_is_graded():
+    for changes, response, wanted in [
+            ({"exact": True}, r"\boxed{42}", ("42", False)), ({}, r"\boxed{42}", ("42", True)),
+            ({"exact": True}, r"\boxed{042}", ("042", True)), ({}, "42", (None, False)),
+            ({"tolerance": 0.1}, r"\boxed{43}", ("43", True)), ({}, r"\boxed{43}", ("43", False))]:
+        assert grade({"answer": "042", "tolerance": 0} | changes, response, "builtin") == wanted
 
-@pytest.mark.parametrize("problem, response, wanted", [
-    ({"answer": "042", "exact": True}, r"\boxed{42}", ("42", False)),
-    ({"answer": "042", "exact": True}, r"\boxed{042}", ("042", True)),
-    ({"answer": "042"}, r"\boxed{42}", ("42", True)), ({"answer": "042"}, "42", (None, False)),
-    ({"answer": "1.6", "tolerance": 0.01}, r"\boxed{1.61}", ("1.61", True)),
-    ({"answer": "1.6", "tolerance": 0.01}, r"\boxed{1.63}", ("1.63", False)),
-    ({"answer": "1.6"}, r"\boxed{1.61}", ("1.61", False))])
-def test_a_problem_says_how_strictly_it_is_graded(problem, response, wanted):
-    assert grade(problem, response) == wanted
+# ---- problems
 
+def test_a_problem_file(tmp_path):
+    path = tmp_path / "x.jsonl"
+    for row, problem, answer in [
+            ({"problem": "1+1", "answer": 2}, "1+1", "2"),
+            ({"question": "?", "answer": 0}, "?", "0"),
+            ({"prompt": "?", "answer": "48/2 = 24\n#### 72"}, "?", "72"),
+            ({"question": "?", "final_answer": ["$2$", r"$\sqrt{3}$"]}, "?", r"2, \sqrt{3}")]:
+        path.write_text("\ufeff" + json.dumps(row | {"tolerance": 5}) + "\n\n", encoding="utf-8")
+        found, = load_problems(path)
+        assert (found["problem"], found["answer"], found["tolerance"]) == (problem, answer, 0)
 
-def test_only_minerva_is_graded_with_a_tolerance(tmp_path):
-    for benchmark in rollout.BENCHMARKS.values():
-        (tmp_path / benchmark.file).write_text('{"problem": "?", "answer": "1.6"}')
-    loaded = {name: rollout.load_data(name, tmp_path, 0) for name in rollout.BENCHMARKS}
-    assert [name for name, (p,) in loaded.items() if grade(p, r"\boxed{1.61}")[1]] == ["minerva"]
-    assert not grade(*rollout.load_data(str(tmp_path / "minerva_math.jsonl"), "", 0), r"\boxed{1.61}")[1]
+@pytest.mark.parametrize("text, words", [
+    ("", "holds no problems"), ("{}\n", "problem 1 JSON"), ("\n[1]", "problem 1 JSON"),
+    ('{"problem": "1"}', "1"), ('{"problem": "1", "answer": "5 ####"}', "problem 1"),
+    ('{"problem": "1", "answer": 1}\n{"pro', "problem 2 JSON"), ("[" * 99_999, "problem 1"),
+    ('{"problem": 1, "answer": 1}', "1"), ('{"problem": "1", "answer": null}', "problem 1")])
+def test_a_bad_problem_file_is_refused(tmp_path, text, words):
+    path = tmp_path / "x.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError) as refusal:
+        load_problems(path)
+    assert all(word in str(refusal.value) for word in [str(path), *words.split()])
 
+def test_a_problem_file_is_a_task(data):
+    task = ProblemFile(data / "six.jsonl")
+    task.problems = list(range(6))
+    steps = [task.batch(step, 4, seed=0) for step in range(6)]                  # 4 rounds
+    order = sum(steps, [])
+    for i in range(0, 24, 6):
+        assert sorted(order[i:i + 6]) == list(range(6))
+    assert order[:6] != order[6:12] and steps[4] == task.batch(4, 4, seed=0)
+    assert [task.batch(step, 4, seed=1) for step in range(6)] != steps
+    assert task.reward({"answer": "3", "tolerance": 0}, r"\boxed{3.0}", 9, True) == 1.0
+    assert task.reward({"answer": "3", "tolerance": 0}, r"\boxed{4}", 9, True) == 0.0
 
-# ---- solve -----------------------------------------------------------------------------------------------------------
-def solved(run, **settings):
-    """[(index, solutions)] of DIGITS by a run's model."""
-    model, encoder, tokenizer, _ = rollout.load("", run, "float32", "cpu")
-    settings = dict(window=8, evict_ratio=0.5, max_new_tokens=24) | settings
-    return [(i, texts) for i, texts, *_ in rollout.solve(model, encoder, tokenizer, [{"problem": t} for t in DIGITS],
-                                                         **settings)]
-
-
-def test_every_problem_once_longest_first_and_in_any_batch_the_same(trained):
-    """Greedy. The long problem makes the short ones' rows be padded, and what ends early leaves the batch."""
-    alone = solved(trained, batch=1)
-    assert [i for i, _ in alone] == [2, 0, 4, 1, 5, 3]
-    assert len({texts[0]["response"] for _, texts in alone}) > 1
-    assert alone == solved(trained, batch=2) == solved(trained, batch=32)
-    assert solved(trained, batch=4, samples=2) == [(i, texts * 2) for i, texts in alone]  # each to its own problem
-
-
-@pytest.mark.parametrize("samples, batch, rows", [
-    (1, 4, [4, 2]), (2, 4, [4, 4, 4]), (3, 4, [3] * 6), (5, 2, [2, 2, 1] * 6), (2, 99, [12])])
-def test_a_batch_has_no_more_rows_than_asked_and_every_sample_is_drawn_anew(trained, monkeypatch, samples, batch, rows):
-    real, seen = rollout.generate, []
-
-    def generate(model, encoder, prompts, group, **settings):
-        seen.append(len(prompts) * group)
-        return real(model, encoder, prompts, group, **settings)
-    monkeypatch.setattr(rollout, "generate", generate)
-    found = solved(trained, samples=samples, batch=batch, temperature=1.0, max_new_tokens=40)
-    assert seen == rows and all(len(texts) == samples for _, texts in found)
-    said = [text["response"] for _, texts in found for text in texts]
-    assert len(said) - len(set(said)) <= len(said) // 8                         # a text of one token may come again
-
-
-@pytest.mark.parametrize("samples, batch, temperature", [(1, 2, 0), (1, 2, 1.0), (2, 4, 1.0), (3, 2, 1.0)])
-def test_what_is_skipped_changes_nothing_of_the_rest(trained, samples, batch, temperature):
-    settings = dict(samples=samples, batch=batch, temperature=temperature, max_new_tokens=12)
-    whole = solved(trained, **settings)
-    for skip in (0, 2, 4, 6):
-        assert solved(trained, skip=skip, **settings) == whole[skip:]
-    assert (solved(trained, seed=100, **settings) == whole) == (temperature == 0)
-
-
-def test_what_is_known_of_a_solution(trained):
-    solutions = [text for _, texts in solved(trained, samples=9, temperature=1.0) for text in texts]
-    assert {text["truncated"] for text in solutions} == {True, False}
-    for text in solutions:
-        assert "<|end|>" not in text["response"] and 1 <= text["tokens"] <= 24
-        assert not text["truncated"] or text["tokens"] == 24
-        assert text["evictions"] == max(0, -(-(text["tokens"] - 1 - 8) // 4))   # 4 of 8 leave; the last is not written
-    assert not any(text["evictions"] for _, texts in solved(trained, window=0) for text in texts)
-
-
-# ---- the hub ---------------------------------------------------------------------------------------------------------
-HUB = {  # name: (hub id, configuration, split), a row as it is there, and the answer it holds
-    "math500": ("HuggingFaceH4/MATH-500 None test", dict(problem="?", solution="so", answer=r"\frac12"), r"\frac12"),
-    "olympiadbench": ("Hothan/OlympiadBench OE_TO_maths_en_COMP train",
-                      dict(question="?", solution=["so"], final_answer=["$2$", r"$\sqrt{3}$"]), r"2, \sqrt{3}"),
-    "minerva": ("math-ai/minervamath None test", dict(question="?", answer="4.5e33"), "4.5e33"),
-    "amc23": ("math-ai/amc23 None test", dict(id=0, question="?", answer="27"), "27"),
-    "aime24": ("HuggingFaceH4/aime_2024 None train", dict(id=60, problem="?", solution="so", answer="204"), "204"),
-    "aime25": ("math-ai/aime25 None test", dict(problem="?", answer="70", id="0"), "70"),
-    "gsm8k": ("openai/gsm8k main test", dict(question="?", answer="48/2 = 24\n48+24 = 72\n#### 72"), "72")}
-
-
-def fake(monkeypatch, name, **functions):
-    module = ModuleType(name)
-    vars(module).update(functions)
-    monkeypatch.setitem(sys.modules, name, module)
-
-
-@pytest.mark.parametrize("name", HUB)
-def test_a_benchmark_without_a_file_comes_from_the_hub(tmp_path, monkeypatch, name):
-    where, row, answer = HUB[name]
-    assert rollout.BENCHMARKS.keys() == HUB.keys()
-
-    def load_dataset(path, name=None, *, split):
-        assert f"{path} {name} {split}" == where
-        return [row, row, row]
-    fake(monkeypatch, "datasets", load_dataset=load_dataset)
-    problems = rollout.load_data(name, tmp_path, 2)
-    assert [(p["problem"], p["answer"], p["data"]) for p in problems] == [("?", answer, name)] * 2
-    monkeypatch.setitem(sys.modules, "datasets", None)                          # a file comes first
-    (tmp_path / rollout.BENCHMARKS[name].file).write_text('{"problem": "1=", "answer": "1"}')
-    assert [p["problem"] for p in rollout.load_data(name, tmp_path, 0)] == ["1="]
-
-
-def test_a_hub_that_does_not_give_is_one_line(trained, tmp_path, monkeypatch, capsys):
-    def broken(*_, **__):
-        raise ConnectionError("no route\nto host")
-    monkeypatch.chdir(tmp_path)
-    data, model = ["--model", trained / "base", "--data", "gsm8k"], ["--model", "owner/name", "--data", "x.jsonl"]
-    Path("x.jsonl").write_text('{"problem": "1=", "answer": "1"}')
-    scripts = [(evaluate, model), (rollout, ["--model", "owner/name", "--prompt", "1="]), (train, model)]
-    for name in ("datasets", "huggingface_hub"):
-        monkeypatch.setitem(sys.modules, name, None)                            # as if it were not installed
-    said = refusal(capsys, evaluate, *data)
-    assert "pip install datasets" in said and "openai/gsm8k" in said and "--data-dir" in said
-    for script, argv in scripts:
-        said = refusal(capsys, script, *argv)
-        assert "pip install huggingface_hub" in said and "owner/name" in said
-    fake(monkeypatch, "datasets", load_dataset=broken)
-    fake(monkeypatch, "huggingface_hub", snapshot_download=broken)
-    said = refusal(capsys, evaluate, *data)
-    assert "openai/gsm8k" in said and "ConnectionError: no route" in said
-    for script, argv in scripts:
-        said = refusal(capsys, script, *argv)
-        assert "owner/name" in said and "ConnectionError: no route" in said
-    fake(monkeypatch, "datasets", load_dataset=lambda *_, **__: [{"question": "?"}])
-    assert "openai/gsm8k" in refusal(capsys, evaluate, *data) and [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]
-
-
-def test_a_model_comes_from_the_hub_for_every_script(trained, data, tmp_path, monkeypatch, capsys):
-    """Only config, tokenizer and safetensors files are fetched, and they are enough."""
-    monkeypatch.chdir(tmp_path)
+def test_benchmarks_come_from_a_file_or_from_the_hub(tmp_path, monkeypatch):
     asked = []
 
-    def snapshot_download(repo_id, allow_patterns):
-        def fetched(name):
-            return any(fnmatch(name, pattern) for pattern in allow_patterns)
-        asked.append(repo_id)
-        assert all(map(fetched, "config.json generation_config.json tokenizer.json tokenizer_config.json "
-                       "model.safetensors model-00001-of-00002.safetensors model.safetensors.index.json".split()))
-        assert not any(map(fetched, "pytorch_model.bin pytorch_model.bin.index.json original/consolidated.00.pth "
-                           "README.md original/params.json onnx/model.onnx training_args.bin tf_model.h5".split()))
-        Path("fetched").mkdir(exist_ok=True)
-        for file in (trained / "base").iterdir():
-            if fetched(file.name):
-                copy(file, "fetched")
-        return "fetched"
-    fake(monkeypatch, "huggingface_hub", snapshot_download=snapshot_download)
-    hub = ["--model", "owner/name-1.5B"]
-    assert call(rollout, *hub, "--raw", "--prompt", "12=", "--max-new-tokens", 9) == 0
-    assert call(train, *SMALL, "--steps", 1, "--max-new-tokens", 9, *hub, "--data", data / "six.jsonl") == 0
-    assert call(evaluate, *arguments(*hub, "--data", data / "six.jsonl", "--json", "a.json")) == 0
-    assert len(asked) == 3                                                      # then: the run knows where its model is
-    run = ["--runs", "runs/name-1.5B-pte-0"]
-    assert call(evaluate, *arguments(*run, "--data", data / "six.jsonl", "--json", "b.json")) == 0
-    assert set(asked) == {"owner/name-1.5B"} and len(asked) > 3
-    rows = [json.loads(Path(name).read_text())["rows"] for name in ("a.json", "b.json")]
-    assert rows[0][0]["scores"] == rows[1][0]["scores"] and rows[1][1]["arm"] == "PTE"
+    def load_dataset(*asked_for, split):
+        def to_json(path):
+            Path(path).write_text('{"problem": "?", "answer": "1.6"}\n' * 3)
+        asked.append((*asked_for, split))
+        return SimpleNamespace(to_json=to_json)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    right = []
+    for name in BENCHMARKS:
+        for _ in range(2):                                      # the second time from the file
+            short, k, problems = load_data(name, tmp_path)
+        assert short == name and len(problems) == 3 and k == (16 if "aime" in name else 1)
+        if grade(problems[0], r"\boxed{1.61}", "builtin")[1]:
+            right.append(name)
+    assert right == ["minerva"] and asked == [row[1:4] for row in BENCHMARKS.values()]
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        load_data("gsm8k", tmp_path / "none")
 
+# ---- arms and the table
 
-def test_a_name_that_is_no_id_is_not_asked_for(tmp_path, monkeypatch):
-    """A folder that is there, a path, a name of one part: the hub has none of them."""
-    fake(monkeypatch, "huggingface_hub", snapshot_download=None)
+def test_arms_have_names(trained, tmp_path):
+    pte = variant(trained, tmp_path / "pte")
+    again = variant(trained, tmp_path / "again", seed=7, out="x", device="cuda")
+    full = variant(trained, tmp_path / "full", adapter="lora", window=0)
+    lora_c = variant(trained, tmp_path / "lora_c", adapter="lora")
+    other = variant(trained, tmp_path / "other", adapter="global-only")
+    plain_sum = variant(trained, tmp_path / "sum", memory_update="sum")
+    arms = find_arms(str(trained / "base"), [pte, again, full, lora_c, other, plain_sum])
+    assert [name for name, _ in arms.values()] == [
+        "no training", "PTE", "PTE", "LoRA", "LoRA_c", "global-only", "PTE (sum)"]
+    assert [name for name, _ in find_arms("", [pte]).values()] == ["no training", "PTE"]
+
+@pytest.fixture
+def table(trained, data, tmp_path, coin):
+    """Two runs that differ in the seed, two data sets, two windows -> (JSON, Markdown, records)."""
+    other = variant(trained, tmp_path / "other", seed=1)
+    path = tmp_path / "table.json"
+    text = compare("", [trained, other], [data / "six.jsonl", "aime24"], data_dir=data, samples=3,
+                   windows=(0, 8), json_path=path, temperature=1.0, **SMALL)
+    lines = path.with_suffix(".jsonl").read_text().splitlines()
+    return json.loads(path.read_text()), text, [json.loads(line) for line in lines]
+
+def test_every_number_of_the_table_is_that_of_the_records(table):
+    saved, text, (first, *records) = table
+    assert saved["grader"] == "builtin" and first == saved["settings"]
+    for row in saved["rows"]:
+        assert [*row] == "arm window models scores cache_mb memory_mb average".split()
+        mine = [r for r in records if (r["arm"], r["window"]) == (row["arm"], row["window"])]
+        assert len(mine) == len(row["models"]) * 3 * 8
+        means = []
+        for name, score in (("six", "accuracy"), ("aime24", "pass@3")):
+            right = np.array([r["correct"] for r in mine if r["data"] == name])
+            assert row["scores"][name]["accuracy"][0] == pytest.approx(right.mean())
+            means.append(row["scores"][name][score][0])
+        assert row["average"][0] == pytest.approx(np.mean(means))
+        assert row["cache_mb"] == max(r["cache_mb"] for r in mine)
+        shown = "{:.1f} ({:.1f}-{:.1f})".format(*[100 * x for x in row["average"]])
+        lines = [line for line in text.split("\n") if line.startswith(f"| {row['arm']} |")]
+        assert any(shown in line for line in lines)
+    arms = [(row["arm"], row["window"], len(row["models"])) for row in saved["rows"]]
+    assert [arm for arm in arms if arm[0] == "PTE"] == [("PTE", 0, 2), ("PTE", 8, 2)]
+    assert saved["rows"][1]["cache_mb"] < saved["rows"][0]["cache_mb"]
+    assert "aime24 pass@3" in text
+
+def test_a_sample_depends_on_its_seed_alone(table, trained, data, tmp_path, coin):
+    def responses(name, **changes):
+        path = tmp_path / f"{name}.json"
+        settings = SMALL | dict(windows=[8], samples=3, temperature=1.0) | changes
+        compare("", [trained], [data / "six.jsonl"], json_path=path, **settings)
+        lines = path.with_suffix(".jsonl").read_text().splitlines()[1:]
+        records = [json.loads(line) for line in lines]
+        assert all(r["tokens"] == 24 for r in records if r["truncated"])
+        assert all(r["evictions"] == max(0, -(-(r["tokens"] - 1 - 8) // 4)) for r in records)
+        return {(r["model"], r["number"], r["sample"]): r["response"] for r in records}
+    whole = responses("whole")
+    assert responses("batches", batch=4) == whole != responses("seed", seed=1)
+    assert len(set(whole.values())) > len(whole) / 3
+    assert responses("fewer", samples=2).items() <= whole.items()
+
+def test_work_is_not_lost_nor_done_twice(trained, data, tmp_path, coin, monkeypatch):
+    calls = []
+    generate = evaluate.generate
+
+    def counted(model, encoder, prompts, **settings):
+        calls.append(len(prompts))
+        return generate(model, encoder, prompts, **settings)
+    monkeypatch.setattr(evaluate, "generate", counted)
+    path = tmp_path / "x.json"
+
+    def run(**changes):
+        calls.clear()
+        settings = SMALL | dict(windows=[8], batch=4, json_path=path) | changes
+        return compare("", [trained], [data / "six.jsonl"], **settings)
+
+    def contents(lines):
+        """{key: response}; the memory of a sample depends on the others in its batch."""
+        records = [json.loads(line) for line in lines.splitlines()[1:]]
+        return {evaluate.key(record): record["response"] for record in records}
+    text = run()
+    whole = path.with_suffix(".jsonl").read_bytes()
+    assert calls == [4, 2, 4, 2] and whole.count(b"\n") == 13
+    rng = np.random.default_rng(0)
+    first = whole.index(b"\n") + 1
+    for cut in [0, 5, first, *rng.integers(first, len(whole), 6), len(whole)]:
+        path.unlink()
+        path.with_suffix(".jsonl").write_bytes(whole[:cut])
+        n_records = max(whole[:cut].count(b"\n") - 1, 0)
+        assert run() == text and sum(calls) == 12 - n_records
+        assert contents(path.with_suffix(".jsonl").read_bytes()) == contents(whole)
+    path.with_suffix(".jsonl").write_bytes(whole + whole[first:])       # a repeated key counts once
+    assert run() == text and calls == []
+    for changes in (dict(seed=1), dict(max_new_tokens=25), dict(samples=2, temperature=1.0),
+                    dict(limit=3), dict(evict_ratio=0.25)):
+        with pytest.raises(UserError, match="results of other settings"):
+            run(**changes)
+    run(windows=[8, 0])                                         # another window is just added
+    assert sum(calls) == 12
+    path.with_suffix(".jsonl").write_text("notes\n")
+    with pytest.raises(UserError, match="something else"):
+        run()
+    path.with_suffix(".jsonl").unlink()
+    with pytest.raises(UserError, match="x.json"):
+        run()
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(runs=[]), "--model --runs"), (dict(data=[]), "math500"), (dict(batch=0), "--batch"),
+    (dict(windows=[3]), "window 3"), (dict(samples=4, temperature=0.0), "--samples --temperature"),
+    (dict(samples=4, pass_at=16), "--pass-at --samples"), (dict(json_path="x.txt"), "x.txt .json"),
+    (dict(max_new_tokens=9999), "9999 context"), (dict(runs=["nowhere"]), "nowhere/config.json")])
+def test_mistakes_are_refused(trained, data, tmp_path, monkeypatch, settings, words):
     monkeypatch.chdir(tmp_path)
-    Path("owner/name").mkdir(parents=True)
-    for name in ("owner/name", "/owner/none", "./owner/none", "../x", "none", "a/b/c", "owner/none/"):
-        with pytest.raises(UserError):
-            rollout.load(name, "", "float32", "cpu")
+    with pytest.raises(UserError) as refusal:
+        compare("", **(SMALL | dict(runs=[trained], data=[data / "six.jsonl"]) | settings))
+    assert all(word in str(refusal.value) for word in words.split())

@@ -1,190 +1,262 @@
-"""GRPO: what is replayed is what was sampled; advantages, the clip, and which tokens count."""
+"""GRPO: what is replayed is what was sampled, and the gradient is that of one graph."""
+import functools
+import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import grpo
-from conftest import ALL, EOS, E, T, W, assert_same, gradients, logits_by_hand, off_policy, rows_of
-from grpo import clipped_loss, group_advantages, micro_batches, overlong_penalty, reference_logps
-from rollout import Rollout
+from cache import SlidingCache
+from conftest import (ADAPTERS, E, ENDS, PROMPTS, T, W, logits_by_hand, rows_of, tiny_encoder,
+                      tiny_model, tiny_prompts)
+from rollout import generate
 
-EVERY_KIND = [("pte", "paper"), ("pte", "sum"), ("lora", "paper"), ("no-global", "paper"), ("global-only", "paper")]
+ALL = torch.arange(len(ENDS))                       # the rows of `roll`
+REWARDS = torch.tensor([0.5, 0.5, 1, 0, 0.3, 0.2])  # the first two rows have advantage 0
 
+def gap(model, encoder, r, rows=ALL, truncate=False):
+    """The largest |log-prob of the replay - log-prob of the rollout|."""
+    found = []
 
-def replayed(model, encoder, r, rows=ALL, truncate=0):
-    """The log-probs (b, T) that the replay finds, all segments put together."""
-    found, stop = torch.zeros(r.logps.shape), 0
-    with torch.no_grad():
-        for logps, span, going in grpo.replay(model, encoder, r, rows, truncate):
-            assert span.start == stop                                           # every token once and in order
-            assert set(going.tolist()) == {b for b in rows.tolist() if r.lengths[b] > stop}  # of those not yet ended
-            found[going, span] = logps
-            stop = span.stop
-    assert stop == r.lengths[rows].max()
-    return found[rows, :stop]
+    def collect(logps, columns):
+        assert columns.start == sum(x.shape[1] for x in found)      # every token once, in order
+        found.append(logps.detach())
+        return logps.sum()
 
+    grpo.replay_and_backward(model, encoder, r, rows, collect, truncate)
+    logps = torch.cat(found, dim=1)                                             # (b, T)
+    mask = torch.arange(logps.shape[1]) < r.lengths[rows, None]
+    return (logps - r.logps[rows, :logps.shape[1]]).abs()[mask].max().item()
 
-def gap(model, encoder, r, rows=ALL, truncate=0):
-    logps = replayed(model, encoder, r, rows, truncate)
-    counts = torch.arange(logps.shape[1]) < r.lengths[rows, None]
-    return (logps - r.logps[rows, :logps.shape[1]]).abs()[counts].max().item()
+# ---- the replay is the rollout
 
-
-# ---- the replay is the rollout ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind, update", EVERY_KIND + [(None, None)])
-def test_replay_equals_rollout(kind, update, roll):
-    assert gap(*roll(kind, update)) < 1e-4
-
-
-@pytest.mark.parametrize("kind, update", EVERY_KIND)
-def test_replay_equals_rollout_to_the_last_digits(kind, update, roll, float64):
-    model, encoder, r = roll(kind, update)
+@pytest.mark.parametrize("adapter, memory_update", ADAPTERS)
+def test_replay_equals_rollout(adapter, memory_update, roll, float64):
+    model, encoder, r = roll(adapter, memory_update)
     assert gap(model, encoder, r) < 1e-10
-    for rows in ([7], [0, 1], [6, 2, 5], [1, 6]):                               # any rows, in any order
+    for rows in ([5], [1, 0], [4, 0, 5]):                           # any rows, in any order
         assert gap(model, encoder, r, torch.tensor(rows)) < 1e-10
-    for n in (1, 2):                                                            # when none has more than n tokens
+    for n in (1, 2):                                                # none has more than n tokens
         assert gap(model, encoder, replace(r, lengths=r.lengths.clamp(max=n))) < 1e-10
-    for truncate in (1, 3, 100):                                                # a matter of the gradient only
-        assert gap(model, encoder, r, truncate=truncate) < 1e-10
+    assert gap(model, encoder, r, truncate=True) < 1e-10            # which is about the gradient
 
+@pytest.mark.parametrize("temperature", [0, 0.6, 1.0])
+def test_replay_equals_rollout_in_float32_at_any_temperature(temperature, roll):
+    model, encoder, r = roll(temperature=temperature)
+    assert gap(model, encoder, r) < 1e-4
+    assert temperature != 0.6 or gap(model, encoder, replace(r, temperature=1.0)) > 0.1
 
-@pytest.mark.parametrize("window, evict_size", [(0, 0), (16, 2), (8, 4), (4, 2)])
-def test_replay_under_another_window_does_not_equal_the_rollout(window, evict_size, roll):
-    """So the gap can fail: with a full cache, with twice the window, with evictions of another size."""
+def random_slots(cache):
+    """An eviction rule: any E response tokens, drawn by the number of response tokens so far."""
+    generator = torch.Generator().manual_seed(cache.n_tokens - cache.P)
+    return cache.P + torch.randperm(cache.W, generator=generator)[:cache.E]
+
+@pytest.mark.parametrize("rows", [ALL, ALL[2:4], ALL[4:]])
+def test_replay_follows_another_eviction_rule(rows, roll, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(SlidingCache, "slots_to_evict", random_slots)
+        model, encoder, r = roll()
+        assert gap(model, encoder, r, rows) < 1e-4
+    assert gap(model, encoder, r, rows) > 0.1                       # of the oldest, once again
+
+# ---- one step of GRPO, and the same by hand
+
+def step(model, encoder, r, rewards=REWARDS, lr=0.0, all_reduce=lambda x: None, **changes):
+    """One grpo_step -> its gradients (a list) and metrics."""
+    config = dict(group_size=2, loss="grpo", max_new_tokens=20, micro_batch=1000, kl_coef=0.0,
+                  clip_low=0.2, clip_high=0.28, inner_epochs=1, max_grad_norm=1e9,
+                  truncate_memory=0)
+    config = SimpleNamespace(**config | changes)
+    parameters = encoder.trainable_parameters()
+    optimizer = torch.optim.SGD(parameters, lr)
+    metrics = grpo.grpo_step(model, encoder, optimizer, r, rewards.to(r.logps), config, all_reduce)
+    return [p.grad for p in parameters], metrics
+
+def step_by_hand(model, encoder, r, loss="grpo", kl_coef=0.0, truncate_memory=0):
+    """Every row alone, token by token, all losses in one graph with one backward pass."""
+    groups = REWARDS.to(r.logps).view(3, 2)
+    advantages = groups - groups.mean(dim=1, keepdim=True)
+    N = len(ALL) * 20                                               # not T, the longest row
+    if loss == "grpo":
+        advantages = advantages / (groups.var(dim=1, keepdim=True, correction=0).sqrt() + 1e-4)
+        N = int(r.lengths.sum())
+    losses = []
+    kls = []
+    gaps = []
+    for (prompt, tokens), A, old in zip(rows_of(r), advantages.flatten(), r.logps):
+        n = len(tokens)
+        logits = logits_by_hand(model, encoder, prompt, tokens, W, E, truncate_memory)
+        logps = logits.log_softmax(-1)[range(n), tokens]
+        base = model(torch.tensor([prompt + tokens]))[0, len(prompt) - 1:-1]
+        d = base.log_softmax(-1)[range(n), tokens] - logps
+        ratio = (logps - old[:n]).exp()
+        losses.append(-torch.minimum(ratio * A, ratio.clamp(0.8, 1.28) * A).sum())
+        kls.append((d.exp() - d - 1).sum())
+        if A != 0 or kl_coef:                                       # else it is not replayed
+            gaps.append((logps - old[:n]).abs().max().item())
+    loss = (sum(losses) + kl_coef * sum(kls)) / N
+    gradients = torch.autograd.grad(loss, encoder.trainable_parameters())
+    kl = sum(kls).item() / int(r.lengths.sum()) if kl_coef else 0.0
+    return gradients, dict(loss=loss.item(), kl=kl, logp_gap=max(gaps))
+
+def assert_equal_gradients(got, wanted):
+    """Every tensor to 1e-9 of its largest number; and none is zero."""
+    for x, y in zip(got, wanted, strict=True):
+        assert y.abs().max() > 1e-6
+        assert (x - y).abs().max() <= 1e-9 * y.abs().max()
+
+def off_policy(r):
+    """Old log-probs off by up to 0.5: on some tokens the clip acts, on others it does not."""
+    torch.manual_seed(4)
+    return replace(r, logps=r.logps + torch.rand_like(r.logps) - 0.5)
+
+@pytest.mark.parametrize("adapter, memory_update, settings", [
+    ("pte", "paper", dict(kl_coef=0.1)),
+    ("pte", "sum", dict(loss="dr_grpo", kl_coef=0.1)),
+    ("pte", "paper", dict(truncate_memory=1)),
+    ("pte", "sum", dict(truncate_memory=1)),
+    ("no-global", "paper", dict()),
+    ("global-only", "paper", dict()),
+    ("lora", "paper", dict(loss="dr_grpo"))])
+def test_the_gradient_is_that_of_one_graph(adapter, memory_update, settings, roll, float64):
+    """Of every parameter: h_g, W_Q, W_K, W_V, all A and B. Only cached keys and values are cut."""
+    model, encoder, r = roll(adapter, memory_update)
+    r = off_policy(r)
+    got, metrics = step(model, encoder, r, **settings)
+    wanted, numbers = step_by_hand(model, encoder, r, **settings)
+    assert_equal_gradients(got, wanted)
+    numbers["grad_norm"] = sum(x.square().sum() for x in wanted).sqrt().item()
+    assert {name: metrics[name] for name in numbers} == pytest.approx(numbers, rel=1e-9)
+    assert 0 < metrics["ratio_clipped"] < 1
+
+def test_neither_pads_nor_what_is_behind_the_end_token_is_seen(roll, float64):
+    """Other prompt ids, tokens and old log-probs there: the same log-probs and gradients."""
     model, encoder, r = roll()
-    assert gap(model, encoder, replace(r, window=window, evict_size=evict_size)) > 0.1
+    is_pad = torch.arange(max(PROMPTS)) >= r.prompt_lengths[:, None]                    # (N, P)
+    behind = torch.arange(T) >= r.lengths[:, None]                                      # (B, T)
+    other = replace(r, prompt_ids=r.prompt_ids.masked_fill(is_pad, 17),
+                    tokens=r.tokens.masked_fill(behind, 11), logps=r.logps - 0.3 * behind)
+    wanted, metrics = step(model, encoder, r, kl_coef=0.1)
+    got, other_metrics = step(model, encoder, other, kl_coef=0.1)
+    assert_equal_gradients(got, wanted)
+    assert other_metrics == pytest.approx(metrics, abs=1e-12)
 
-
-def test_replay_without_memory_does_not_equal_the_rollout(roll):
+def test_the_gradient_does_not_depend_on_how_the_work_is_split(roll, float64, monkeypatch):
+    """Into micro-batches; among two processes, with the same rollout, so twice of every sum; and
+    over the tokens, so that logits exist for 3 of them at a time."""
     model, encoder, r = roll()
-    encoder.kind = "global-only"                                                # S_0 in every segment
-    assert gap(model, encoder, r) > 0.1
+    r = off_policy(r)
+    wanted, metrics = step(model, encoder, r, kl_coef=0.1)
 
+    def check(**change):
+        got, other_metrics = step(model, encoder, r, kl_coef=0.1, **change)
+        assert_equal_gradients(got, wanted)
+        assert other_metrics == pytest.approx(metrics, rel=1e-9)
 
-def test_replay_does_not_see_pads(roll):
-    model, encoder, r = roll()
-    pads = torch.arange(7) >= r.prompt_lengths[:, None]                         # (N, P)
-    other = replace(r, prompt_ids=r.prompt_ids.masked_fill(pads, 17))
-    assert pads.any() and torch.equal(replayed(model, encoder, r), replayed(model, encoder, other))
-
-
-def test_reference_is_the_base_model_with_a_full_cache(roll, float64):
-    model, encoder, r = roll()
-    got = reference_logps(model, r, ALL)
-    for b, (prompt, tokens) in enumerate(rows_of(r)):
-        with torch.no_grad():
-            logits = logits_by_hand(model, None, prompt, tokens, W=0, E=0)
-        wanted = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
-        torch.testing.assert_close(got[b, :len(tokens)], wanted, atol=1e-9, rtol=0)
-
-
-# ---- advantages, the clip, and which tokens count --------------------------------------------------------------------
-@pytest.mark.parametrize("use_std", [True, False])
-def test_advantages_compare_within_the_group(use_std):
-    rewards = torch.tensor([1., 0, 0, 0, 1, 1, 0.5, 0.5])                       # two groups of 4
-    wanted = torch.tensor([0.75, -0.25, -0.25, -0.25, 0.25, 0.25, -0.25, -0.25])
-    if use_std:                                                                 # of the population: sqrt(3/16), 1/4
-        wanted = wanted / (torch.tensor([3 / 16, 1 / 16]).sqrt() + 0.01).repeat_interleave(4)
-    torch.testing.assert_close(group_advantages(rewards, 4, use_std, eps=0.01), wanted)
-    assert group_advantages(rewards, 4)[0].item() == pytest.approx(0.75 / ((3 / 16) ** 0.5 + 1e-4), abs=1e-6)
-
-
-@pytest.mark.parametrize("use_std", [True, False])
-def test_equal_rewards_give_an_advantage_of_exactly_zero(use_std):
-    """Whatever they are: a rest of rounding would be divided by eps, and the row would count as one with spread."""
-    for group_size in range(1, 17):
-        for reward in (0.0, 1.0, -1.0, 0.1, 0.7, 1 / 3, -0.3125, 0.9):
-            assert not group_advantages(torch.full((2 * group_size,), reward), group_size, use_std).any()
-
-
-def test_overlong_penalty_falls_from_0_to_minus_1_over_the_buffer():
-    lengths = torch.tensor([1, 60, 80, 81, 90, 99, 100])
-    assert torch.allclose(overlong_penalty(lengths, 100, 20), torch.tensor([0, 0, 0, -0.05, -0.5, -0.95, -1]))
-    assert not overlong_penalty(lengths, 100, 0).any()
-
-
-@pytest.mark.parametrize("A, ratio, loss, slope, clipped", [
-    (+1, 0.5, -0.50, -0.5, False), (+1, 1.0, -1.00, -1.0, False), (+1, 1.2, -1.2, -1.2, False),
-    (+1, 1.5, -1.28, 0.0, True),                                                # good, and likely enough already
-    (-1, 0.5, +0.80, 0.0, True),                                                # bad, and unlikely enough already
-    (-1, 0.9, +0.90, +0.9, False), (-1, 1.0, +1.00, +1.0, False), (-1, 1.5, +1.5, +1.5, False),
-    (+2, 1.5, -2.56, 0.0, True), (-2, 0.5, +1.60, 0.0, True), (0, 1.5, 0.0, 0.0, False)])
-def test_clip_truth_table(A, ratio, loss, slope, clipped):
-    """Value, d loss / d log-prob, and the flag: the clip takes the gradient only where it would push further."""
-    logp = torch.tensor([[ratio]]).log().requires_grad_()
-    got, flag = clipped_loss(logp, torch.zeros(1, 1), torch.tensor([[float(A)]]), 0.2, 0.28)
-    got.sum().backward()
-    assert [got.item(), logp.grad.item()] == pytest.approx([loss, slope]) and flag.item() is clipped
-
-
-def test_on_policy_the_loss_is_plain_policy_gradient(roll, float64):
-    """r = 1: every token that counts adds -A to the loss and -A grad log pi to the gradient, and nothing is clipped."""
-    model, encoder, r = roll()
-    A = torch.arange(8.) - 3
-    got, [sums] = gradients(model, encoder, r, A)
-    assert sums["loss"] == pytest.approx(-(A * r.lengths).sum().item() / 100) and sums["clipped"] == 0
-    encoder.zero_grad()
-    for logps, span, rows in grpo.replay(model, encoder, r, ALL):
-        counts = torch.arange(span.start, span.stop) < r.lengths[rows, None]
-        (-A[rows, None] * logps * counts / 100).sum().backward()
-    assert_same(got, {name: p.grad for name, p in encoder.trainable().items()})
-
-
-def test_nothing_behind_the_end_token_is_trained(roll, float64):
-    """Other old log-probs and other tokens there: the same gradient and the same sums, bit for bit."""
-    model, encoder, r = roll()
-    r, A = off_policy(r), torch.randn(8)
-    behind = torch.arange(T) >= r.lengths[:, None]
-    other = replace(r, tokens=r.tokens.masked_fill(behind, 11), logps=r.logps - 0.3 * behind)
-    wanted, sums = gradients(model, encoder, r, A)
-    got, other_sums = gradients(model, encoder, other, A)
-    assert all(torch.equal(got[name], wanted[name]) for name in wanted) and sums == other_sums
-
-
-@pytest.mark.parametrize("b", range(8))
-def test_the_end_token_is_trained(b, roll, float64):
-    """Row b alone: another old log-prob at its last token is another gradient, and shows as `gap`."""
-    model, encoder, r = roll()
-    wanted, [sums] = gradients(model, encoder, r, torch.ones(8), [ALL[b:b + 1]])
-    r.logps[b, r.lengths[b] - 1] += 0.1
-    got, [other_sums] = gradients(model, encoder, r, torch.ones(8), [ALL[b:b + 1]])
-    assert (got["h_g"] - wanted["h_g"]).abs().max() > 1e-6 and sums["gap"] < 1e-10
-    assert other_sums["gap"] == pytest.approx(0.1)
-
-
-@pytest.mark.parametrize("token", [0, EOS[0]])
-def test_tokens_count_by_length_and_not_by_id(token, roll, float64):
-    """Thoughts of nothing but 0, the id that pads the prompts, or of an end token: all of them count."""
-    model, encoder, r = roll()
-    r = replace(r, tokens=torch.full_like(r.tokens, token))
-    r = replace(r, logps=replayed(model, encoder, r))
-    _, [sums] = gradients(model, encoder, r, torch.ones(8))
-    assert sums["loss"] == pytest.approx(-r.lengths.sum().item() / 100)
-
-
-def test_kl_is_zero_for_a_fresh_adapter_and_positive_for_any_other(roll, float64):
-    """k3, token by token. With window 0: under a window the policy differs from the base even without an adapter."""
-    model, encoder, r = roll(fresh=True, window=0)
-    _, [sums] = gradients(model, encoder, r, torch.ones(8), kl_coef=0.1)
-    assert abs(sums["kl"]) < 1e-12
-    model, encoder, r = roll()
-    r = replace(r, lengths=torch.ones(8, dtype=torch.long))                     # one token a row, one row a batch
-    _, sums = gradients(model, encoder, r, torch.ones(8), ALL[:, None], kl_coef=0.1)
-    d = (reference_logps(model, r, ALL) - replayed(model, encoder, r))[:, 0]
-    assert (d > 0).any() and (d < 0).any()                                      # where log p - log q has either sign
-    assert [s["kl"] for s in sums] == pytest.approx((d.exp() - d - 1).tolist()) and min(s["kl"] for s in sums) > 0
-
+    for micro_batch in (1, 2 * W, 5 * W):
+        check(micro_batch=micro_batch)
+    check(all_reduce=lambda x: x.mul_(2))
+    sizes = []
+    model.head.register_forward_hook(lambda head, inputs, logits: sizes.append(len(logits)))
+    few = functools.partial(grpo.token_logps, chunk_bytes=3 * 40 * 4)
+    monkeypatch.setattr(grpo, "token_logps", few)
+    check()
+    assert max(sizes) == 3
 
 def test_micro_batches_leave_out_rows_without_advantage():
-    lengths = torch.tensor([5, 9, 2, 9, 7, 1])
-    r = Rollout(*[None] * 4, lengths, None, None, W, E, 40)
-    A = torch.tensor([0.5, 0, -1, 1, 0, 0.1])
+    def batches(advantages, max_tokens, window=8, **settings):
+        r = SimpleNamespace(lengths=torch.tensor([5, 9, 2, 9, 7, 1]), window=window)
+        return [x.tolist() for x in grpo.micro_batches(r, advantages, max_tokens, **settings)]
 
-    def rows(*settings, **more):
-        return [x.tolist() for x in micro_batches(r, *settings, **more)]
-    assert rows(A, 16) == [[3, 0], [2, 5]]                                      # longest first, W = 8 thoughts a row
-    assert rows(A, 31, everything=True) == [[1, 3, 4], [0, 2, 5]]
-    assert rows(A, 8) == [[3], [0], [2, 5]]                                     # a short row has a short segment
-    assert rows(A, 100) == [[3, 0, 2, 5]] and rows(A, 3) == [[3], [0], [2], [5]]
-    assert rows(A * 0, 16) == [[1]]                                             # so that logp_gap is measured
+    A = torch.tensor([0.5, 0, -1, 1, 0, 0.1])
+    assert batches(A, 16) == [[3, 0], [2, 5]]                       # longest first, 8 tokens a row
+    assert batches(A, 8) == [[3], [0], [2, 5]]                      # a short row, a short segment
+    assert batches(A, 3) == [[3], [0], [2], [5]]                    # at least one row
+    assert batches(A, 31, all_rows=True) == [[1, 3, 4], [0, 2, 5]]
+    assert batches(0 * A, 16) == [[1]]                              # so that logp_gap is measured
+    assert batches(A, 18, window=0) == [[3, 0], [2, 5]]
+
+def test_updates_go_against_the_gradient_unless_that_is_not_finite(roll, float64):
+    """Two updates of length lr * max_grad_norm; logp_gap is measured before the first."""
+    model, encoder, r = roll()
+    before = encoder.h_g.detach().clone()
+    gradients, metrics = step(model, encoder, r, lr=1e-6, inner_epochs=2, max_grad_norm=0.1)
+    assert sum(x.square().sum() for x in gradients).sqrt().item() == pytest.approx(0.1)
+    after = encoder.h_g.detach().clone()
+    torch.testing.assert_close(after - before, -2 * 1e-6 * gradients[0], atol=0, rtol=1e-2)
+    assert metrics["logp_gap"] < 1e-10 and not metrics["skipped"]
+    r.logps[5, 3] = -torch.inf
+    _, metrics = step(model, encoder, r, lr=1.0)
+    assert metrics["skipped"] and torch.equal(encoder.h_g, after)
+
+# ---- advantages and the clip
+
+@pytest.mark.parametrize("use_std", [True, False])
+def test_advantages_compare_within_the_group(use_std):
+    """Rewards that are equal up to rounding give exactly 0: else the rest is divided by eps."""
+    rewards = torch.tensor([1., 0, 0, 0, 1, 1, 0.5, 0.5])                       # two groups of 4
+    wanted = torch.tensor([0.75, -0.25, -0.25, -0.25, 0.25, 0.25, -0.25, -0.25])
+    if use_std:                                                     # of the population
+        wanted = wanted / (torch.tensor([3 / 16, 1 / 16]).sqrt() + 0.01).repeat_interleave(4)
+    torch.testing.assert_close(grpo.group_advantages(rewards, 4, use_std, eps=0.01), wanted)
+    for group_size in range(1, 17):
+        for reward in (0.0, 1.0, 0.1, 1 / 3, -0.3125, 0.9):
+            rewards = torch.full((2 * group_size,), reward)
+            assert not grpo.group_advantages(rewards, group_size, use_std).any()
+    neighbours = torch.tensor([0.3, 0.3 + 3e-8, 0.3 - 3e-8])        # three numbers in float32
+    assert neighbours.unique().numel() == 3
+    assert not grpo.group_advantages(neighbours, 3, use_std).any()
+
+@pytest.mark.parametrize("A, ratio, loss, slope, clipped", [
+    (+1, 0.5, -0.50, -0.5, False), (+1, 1.2, -1.20, -1.2, False),
+    (+1, 1.5, -1.28, 0.0, True), (+2, 1.5, -2.56, 0.0, True),       # good, likely enough already
+    (-1, 0.5, +0.80, 0.0, True), (-2, 0.5, +1.60, 0.0, True),       # bad, unlikely enough already
+    (-1, 0.9, +0.90, +0.9, False), (-1, 1.5, +1.50, +1.5, False), (0, 1.5, 0.0, 0.0, False)])
+def test_clip_truth_table(A, ratio, loss, slope, clipped):
+    """Value, d loss / d log-prob, and the flag: the clip acts only where it would push further."""
+    logp = torch.tensor([[ratio]]).log().requires_grad_()
+    got, flag = grpo.policy_loss(logp, torch.zeros(1, 1), torch.tensor([[float(A)]]), 0.2, 0.28)
+    got.sum().backward()
+    assert [got.item(), logp.grad.item()] == pytest.approx([loss, slope])
+    assert flag.item() is clipped
+
+# ---- memory
+
+def saved_bytes(model, encoder, r, truncate):
+    """What autograd holds when the graph of each segment is complete, in bytes."""
+    alive = weakref.WeakSet()
+
+    class Saved:
+        def __init__(self, tensor):
+            self.tensor = tensor
+            alive.add(self)
+
+    found = []
+
+    def measure(logps, columns):
+        storages = [saved.tensor.untyped_storage() for saved in alive]
+        found.append(sum({x.data_ptr(): x.nbytes() for x in storages}.values()))
+        return logps.sum()
+
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        grpo.replay_and_backward(model, encoder, r, torch.arange(4), measure, truncate)
+    return found
+
+def test_saved_bytes_do_not_grow_with_the_response_if_the_memory_is_truncated():
+    """To the byte. The exact gradient keeps what was evicted and little more, a full cache all."""
+    model = tiny_model(eos_token_id=[])
+    encoder = tiny_encoder(model)
+    rollouts = []
+    for n_tokens in (1 + 16 + 3 * 8, 1 + 16 + 12 * 8):              # W = 16, then E = 8 each
+        rollouts.append(generate(model, encoder, tiny_prompts(3, 7, 1, 5), window=16,
+                                 evict_ratio=0.5, max_new_tokens=n_tokens))
+    short, long = [saved_bytes(model, encoder, r, truncate=True) for r in rollouts]
+    assert (len(short), len(long), max(short)) == (4, 13, max(long))
+    exact = saved_bytes(model, encoder, rollouts[1], truncate=False)
+    evicted = 2 * 8 * 16 * 4 * 2 * 4                    # bytes: k and v, E, KV*D, float32, L, B
+    growth = {b - a for a, b in zip(exact[2:], exact[3:])}
+    assert len(growth) == 1 and evicted <= growth.pop() <= 2 * evicted
+    full = [max(saved_bytes(model, encoder, replace(r, window=0), False)) for r in rollouts]
+    assert full[1] - full[0] > 10 * 9 * evicted                     # for 9 * 8 tokens more

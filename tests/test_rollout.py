@@ -1,181 +1,197 @@
-"""Generation under the cache: every row is what it would be alone, and every log-prob is that of what was sampled."""
+"""Generation under the cache: every row is what it would be alone, and every log-prob is that of
+the distribution that was sampled from."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from conftest import EOS, NEVER, logits_by_hand, rows_of, tiny_encoder, tiny_model, tiny_prompts
+from conftest import (ADAPTERS, EOS, NEVER, logits_by_hand, rows_of, tiny_encoder, tiny_model,
+                      tiny_prompts)
 from model import UserError
-from rollout import Rollout, generate, sample
+from rollout import RecordedStep, generate, sample
 
-LENGTHS = (3, 7, 1, 5)                                                          # of prompts: all are padded but one
+PROMPTS = tiny_prompts(3, 7, 1, 5)                              # all but one are padded
+UNTIL_24 = dict(max_new_tokens=24, window=8)                    # 2 leave at a time: 8 evictions
 
+def policy(adapter=None, memory_update="paper", eos_token_id=[]):
+    """A model that never ends a response, and its encoder."""
+    model = tiny_model(eos_token_id=eos_token_id)
+    return model, tiny_encoder(model, adapter, memory_update) if adapter else None
 
-def generate_tiny(model, encoder=None, prompts=tiny_prompts(*LENGTHS), T=40, W=8, **settings):
-    """40 tokens under a window of 8, of which 2 leave at a time: 16 evictions."""
-    return generate(model, encoder, prompts, max_new_tokens=T, window=W, **settings)
+# ---- a row in a batch, and alone
 
-
-def logps_by_hand(model, encoder, r, b):
-    """The log-probs (length,) of row b, alone and with a cache made of lists."""
-    prompt, tokens = rows_of(r)[b]
-    with torch.no_grad():
-        logits = logits_by_hand(model, encoder, prompt, tokens, r.window, r.evict_size)[:, :r.n_ids]
-    return logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
-
-
-# ---- a row in a batch, and alone -------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", [None, "pte"])
-def test_decoding_token_by_token_equals_one_full_forward(kind):
-    """With window 0: prompt and thought go through the model at once, without any cache."""
-    model = tiny_model()
-    encoder = tiny_encoder(model, kind) if kind else None
-    r = generate_tiny(model, encoder, W=0)
-    S = encoder.read(encoder.start()) if kind else None
+@pytest.mark.parametrize("adapter", [None, "pte"])
+def test_decoding_token_by_token_equals_one_full_forward(adapter):
+    """With the full cache: prompt and response go through the model at once, without any cache."""
+    model, encoder = policy(adapter)
+    r = generate(model, encoder, PROMPTS, max_new_tokens=24)
+    S = encoder.state(encoder.initial_memory()) if encoder else None
     for b, (prompt, tokens) in enumerate(rows_of(r)):
-        with torch.no_grad():
-            logps = model(torch.tensor([prompt + tokens]), S=S)[0, len(prompt) - 1:-1].log_softmax(-1)
-        torch.testing.assert_close(r.logps[b], logps[range(40), tokens], atol=1e-5, rtol=1e-5)
+        logits = model(torch.tensor([prompt + tokens]), S=S)[0, len(prompt) - 1:-1]     # (T, vocab)
+        logps = logits.log_softmax(-1)[range(24), tokens]
+        torch.testing.assert_close(r.logps[b], logps, atol=1e-4, rtol=1e-4)
 
+@pytest.mark.parametrize("W, ratio, kind", [
+    (8, 0.25, ()), (4, 1.0, ("pte",)), (3, 1 / 3, ("pte",)),
+    *[(8, 0.25, kind) for kind in ADAPTERS]])
+@torch.no_grad()
+def test_log_probs_in_a_batch_are_those_of_a_row_alone(W, ratio, kind, float64):
+    """5 to 20 evictions; the row alone has a cache made of lists."""
+    model, encoder = policy(*kind)
+    r = generate(model, encoder, PROMPTS, 2, max_new_tokens=24, window=W, evict_ratio=ratio)
+    for b in (0, 3):
+        prompt, tokens = rows_of(r)[b]
+        logits = logits_by_hand(model, encoder, prompt, tokens, W, round(W * ratio))
+        wanted = logits.log_softmax(-1)[range(24), tokens]
+        torch.testing.assert_close(r.logps[b], wanted, atol=1e-9, rtol=0)
 
-@pytest.mark.parametrize("kind", [None, "pte", "lora"])
-@pytest.mark.parametrize("W, ratio", [(8, 0.25), (4, 1.0), (3, 1 / 3)])
-def test_log_probs_in_a_batch_are_those_of_the_row_alone(kind, W, ratio, float64):
-    """Sampled, mixed prompt lengths, 9 to 37 evictions: as scored one row at a time by a cache made of lists."""
-    model = tiny_model()
-    encoder = tiny_encoder(model, kind) if kind else None
-    r = generate_tiny(model, encoder, W=W, evict_ratio=ratio, group_size=2)
-    for b in range(0, 8, 2):
-        torch.testing.assert_close(r.logps[b], logps_by_hand(model, encoder, r, b), atol=1e-9, rtol=0)
-
-
-def test_a_row_alone_is_the_row_of_the_batch(float64):
-    """Greedy, so that the draw does not depend on who else draws: the same tokens, and log-probs to 1e-9 (float64)."""
-    model = tiny_model()
-    encoder = tiny_encoder(model)
-    batch = generate_tiny(model, encoder, temperature=0)
-    for b, prompt in enumerate(tiny_prompts(*LENGTHS)):
-        alone = generate_tiny(model, encoder, [prompt], temperature=0)
-        assert torch.equal(alone.tokens[0], batch.tokens[b])
-        torch.testing.assert_close(alone.logps[0], batch.logps[b], atol=1e-9, rtol=0)
-
+def test_a_prompts_responses_depend_on_its_seed_and_not_on_the_batch(float64):
+    model, encoder = policy("pte")
+    before = torch.get_rng_state()                              # PyTorch's own is left alone
+    batch = generate(model, encoder, PROMPTS, 3, seeds=[5, 6, 7, 8], **UNTIL_24)
+    assert torch.equal(before, torch.get_rng_state())
+    assert len(batch.tokens.unique(dim=0)) == 12
+    for n, prompt in enumerate(PROMPTS):
+        rows = slice(3 * n, 3 * n + 3)
+        alone = generate(model, encoder, [prompt], 3, seeds=[5 + n], **UNTIL_24)
+        other = generate(model, encoder, [prompt], 3, **UNTIL_24)
+        assert batch.prompt_of[rows].tolist() == [n] * 3
+        assert torch.equal(alone.tokens, batch.tokens[rows])
+        assert not torch.equal(alone.tokens, other.tokens)
+        torch.testing.assert_close(alone.logps, batch.logps[rows], atol=1e-9, rtol=0)
 
 def test_finished_rows_do_not_matter(ends_at):
-    """Whether and when row 0 ends, and what it draws: the other rows stay as they are. To rounding, for finished rows
-    leave the batch when they are half of it, and a product of other shape may sum in another order."""
-    model = tiny_model(eos_token_id=list(EOS))
-    encoder, results = tiny_encoder(model), []
-    for end in (3, 9, 20, NEVER):
-        ends_at([end, 30, NEVER, NEVER])
-        results.append(generate_tiny(model, encoder, temperature=0))
-        assert results[-1].lengths.tolist() == [min(end, 40), 30, 40, 40]
-        assert results[-1].ended.tolist() == [end < 40, True, False, False]
-        assert results[-1].completions()[1:] == results[0].completions()[1:]
-        counts = torch.arange(40) < results[0].lengths[1:, None]
-        assert ((results[-1].logps[1:] - results[0].logps[1:]).abs() * counts).max() < 1e-5
-    assert not torch.equal(results[0].tokens[0], results[-1].tokens[0])
+    """When row 0 ends changes nothing for the others, also if one of them ends during evictions."""
+    model, encoder = policy("pte", eos_token_id=list(EOS))
+    results = []
+    for end in (1, 9, 20, NEVER):
+        ends_at([end, 15, NEVER, NEVER])
+        r = generate(model, encoder, PROMPTS, **UNTIL_24)
+        assert r.lengths.tolist() == [min(end, 24), 15, 24, 24]
+        assert r.ended.tolist() == [end < 24, True, False, False]
+        results.append(r)
+    for r in results[1:]:
+        assert rows_of(r)[1:] == rows_of(results[0])[1:]
+        difference = (r.logps - results[0].logps)[1:].abs()
+        assert difference[0, :15].max() < 1e-4 and difference[1:].max() < 1e-4
 
+def test_a_response_ends_with_either_end_token_and_the_last_ends_the_loop(ends_at):
+    model, _ = policy(eos_token_id=list(EOS))
+    tokenizer = SimpleNamespace(decode=lambda ids: ids)
+    steps = []
+    ends_at([5, 1, 12, 10])
+    r = generate(model, None, PROMPTS, on_token=lambda *step: steps.append(step), **UNTIL_24)
+    assert r.lengths.tolist() == [5, 1, 12, 10] and r.ended.all() and r.tokens.shape == (4, 12)
+    assert {tokens[-1] for _, tokens in rows_of(r)} == set(EOS)
+    assert r.texts(tokenizer) == [tokens[:-1] for _, tokens in rows_of(r)]
+    assert [len(ids) for ids, _ in steps] == [4] + [3] * 4 + [2] * 5 + [1] * 2
+    assert [t for t, (_, evicting) in enumerate(steps) if evicting] == [8, 10]
+    assert r.n_evictions().tolist() == [0, 0, 2, 1]             # the last token is never written
+    assert r.cache_mb == 4 * 2 * 2 * 2 * (7 + 8) * 8 * 4 / 1e6  # B, k and v, L, KV, slots, D, bytes
+    ends_at([NEVER] * 4)
+    r = generate(model, None, PROMPTS, max_new_tokens=8)        # cut off; and the full cache
+    assert not r.ended.any() and not r.n_evictions().any()
+    assert r.texts(tokenizer) == [tokens for _, tokens in rows_of(r)]
 
-def test_the_end_token_is_the_last_that_counts_and_the_loop_stops_with_the_last_row(ends_at):
-    model = tiny_model(eos_token_id=list(EOS))
-    ends_at([5, 1, 12, 8])                                                      # by either of the two end tokens
-    r = generate_tiny(model)
-    assert r.lengths.tolist() == [5, 1, 12, 8] and r.ended.all() and r.tokens.shape == (4, 12)
-    assert all(c[-1] in EOS and not set(c[:-1]) & set(EOS) for c in r.completions())
-    assert len({c[-1] for c in r.completions()}) == 2
+def test_prompts_that_cannot_be_continued_are_refused():
+    model, _ = policy()
+    generate(model, None, [[1] * 250], max_new_tokens=6)
+    for prompts in ([[1] * 251], [[1], []]):
+        with pytest.raises(UserError):
+            generate(model, None, prompts, max_new_tokens=6)
 
+# ---- sampling
 
-# ---- evictions -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("W, E", [(8, 2), (4, 4), (5, 1), (6, 3), (1, 1)])
-def test_evictions_are_counted_as_a_loop_would(W, E):
-    def count(length):
-        cached = evictions = 0
-        for _ in range(length - 1):                                             # the last token drawn is never written
-            if cached == W:
-                cached, evictions = cached - E, evictions + 1
-            cached += 1
-        return evictions
-    lengths = torch.arange(1, 50)
-    r = Rollout(*[None] * 4, lengths, None, None, window=W, evict_size=E, n_ids=40)
-    assert r.evictions().tolist() == [count(n) for n in lengths.tolist()]
-    r.window = 0
-    assert not r.evictions().any()
+P_5 = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])                 # probabilities of five ids
 
-
-def test_on_token_sees_every_step_and_every_eviction():
-    seen = []
-    r = generate_tiny(tiny_model(), T=41, on_token=lambda ids, evicted: seen.append((ids.tolist(), evicted)))
-    assert [ids for ids, _ in seen] == r.tokens.T.tolist()
-    steps = [t for t, (_, evicted) in enumerate(seen) if evicted]
-    assert steps == list(range(8, 40, 2))                                       # 40, the last, is never written
-    assert r.evictions().tolist() == [len(steps)] * 4
-
-
-def test_a_group_continues_one_prompt():
-    r = generate_tiny(tiny_model(), group_size=3)
-    assert r.prompt_of.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-    assert len({tuple(c) for c in r.completions()}) == 12                       # and each in its own way
-
-
-def test_what_exceeds_the_models_context_is_refused():
-    generate_tiny(tiny_model(), T=256 - 7, W=0, prompts=tiny_prompts(7), temperature=0)
-    with pytest.raises(UserError):
-        generate_tiny(tiny_model(), T=256 - 6)
-
-
-# ---- sampling --------------------------------------------------------------------------------------------------------
-def draw(logits, temperature=1.0, top_k=0, top_p=1.0, seed=0):
-    u = torch.rand(len(logits), 1, generator=torch.Generator().manual_seed(seed))
-    return sample(logits, temperature, top_k, top_p, u)
-
-
-P_5 = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])                                 # probabilities of five ids
-SHUFFLE = torch.tensor([3, 0, 4, 1, 2])
-CASES = [  # temperature, top_k, top_p, how many of P_5 stay
-    (1.0, 0, 1.0, 5), (1.0, 3, 1.0, 3), (1.0, 1, 1.0, 1), (1.0, 9, 1.0, 5), (1.0, 0, 0.69, 2), (1.0, 0, 0.71, 3),
-    (1.0, 0, 0.3, 1), (1.0, 0, 0.0, 1), (1.0, 2, 0.9, 2), (1.0, 4, 0.5, 2), (2.0, 0, 1.0, 5), (0.5, 3, 1.0, 3),
-    (0.1, 0, 0.9, 1), (4.0, 0, 0.69, 4)]                                        # at 0.1 the first has mass 0.95
-
-
-@pytest.mark.parametrize("temperature, top_k, top_p, stay", CASES)
-def test_draws_follow_the_truncated_distribution_and_so_do_their_log_probs(temperature, top_k, top_p, stay):
-    p = (P_5 ** (1 / temperature)).numpy().astype(float)
-    p[stay:] = 0
-    p = (p / p.sum())[SHUFFLE]                                                  # the ids are not in order of their p
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0, 2.0])
+def test_draws_and_their_log_probs_follow_the_distribution(temperature):
+    p = P_5.double().numpy() ** (1 / temperature)
+    p = p / p.sum()
     n = 20000
-    ids, logps = draw(P_5.log()[SHUFFLE].expand(n, 5), temperature, top_k, top_p)
+    u = torch.rand(n, generator=torch.Generator().manual_seed(0))
+    ids, logps = sample(P_5.log().expand(n, 5), temperature, u)
     counts = np.bincount(ids, minlength=5)
-    assert not counts[p == 0].any()
-    chi2 = sum((counts - n * p)[p > 0] ** 2 / (n * p[p > 0]))
-    assert chi2 < 20                                                            # 4 degrees of freedom: p = 0.0005
+    drawn = p > 0
+    assert not counts[~drawn].any()
+    chi_square = (counts - n * p)[drawn] ** 2 / (n * p[drawn])
+    assert chi_square.sum() < 20                                # 4 degrees of freedom: p = 0.0005
     np.testing.assert_allclose(logps, np.log(p[ids]), atol=1e-5)
 
+def test_extreme_draws():
+    """An id without mass is never drawn, logits that are no numbers give an id that exists, and
+    temperature 0 takes the most likely id with its log-prob at temperature 1."""
+    u = torch.tensor([0.0, 1 - 2 ** -24])                       # the ends of torch.rand
+    logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]).expand(2, 5)
+    assert sample(logits, 1.0, u)[0].tolist() == [3, 1]
+    assert sample(torch.full((2, 5), torch.nan), 1.0, u)[0].max() < 5
+    ids, logps = sample(P_5.log().expand(2, 5), 0, u)
+    assert ids.tolist() == [1, 1]
+    torch.testing.assert_close(logps, torch.tensor([0.4, 0.4]).log())
 
-def test_temperature_0_takes_the_likeliest():
-    torch.manual_seed(0)
-    logits = torch.randn(50, 40)
-    for seed in range(3):
-        ids, logps = draw(logits, temperature=0, seed=seed)
-        assert torch.equal(ids, logits.argmax(dim=1))
-        torch.testing.assert_close(logps, logits.log_softmax(1).max(dim=1).values)  # in the model's own distribution
-    assert torch.equal(draw(logits, top_k=1)[0], ids)
+# ---- the step that a GPU records, with a stand-in for torch.cuda
 
+class Graph:
+    """torch.cuda.CUDAGraph without a GPU: remembers one call of model.layers and repeats it, on the
+    same tensors. What is recorded is not computed before the first replay."""
+    recording = None
+    n_recorded = 0
 
-def test_the_seed_repeats_the_draw_and_rows_draw_independently():
-    model = tiny_model()
-    one = generate_tiny(model, seed=1)
-    torch.manual_seed(123)                                                      # the global generator is not touched
-    before = torch.get_rng_state()
-    again, other = generate_tiny(model, seed=1), generate_tiny(model, seed=2)
-    assert torch.equal(one.tokens, again.tokens) and torch.equal(one.logps, again.logps)
-    assert not torch.equal(one.tokens, other.tokens) and torch.equal(before, torch.get_rng_state())
-    ids, _ = draw(torch.zeros(2000, 40))
-    assert ids.unique().numel() == 40
+    def __enter__(self):
+        Graph.recording = self
 
+    def __exit__(self, *error):
+        Graph.recording = None
+        Graph.n_recorded += 1
 
-def test_ids_beyond_the_tokenizers_are_never_drawn(float64):
-    """n_ids = 25 of 40: the rest has probability 0, in the draw and in the log-probs."""
-    model = tiny_model()
-    r = generate_tiny(model, n_ids=25, group_size=4)
-    assert r.n_ids == 25 and r.tokens.max() < 25
-    torch.testing.assert_close(r.logps[4], logps_by_hand(model, None, r, 4), atol=1e-9, rtol=0)
-    assert generate_tiny(model, group_size=4).tokens.max() >= 25
+    def replay(self):
+        self.arguments[3].slots = self.slots                    # the cache writes where it did then
+        self.result.copy_(self.layers(*self.arguments))
+
+def record_steps(model, monkeypatch):
+    """From now on `generate` decodes with a RecordedStep."""
+    def layers(*arguments):
+        graph = Graph.recording
+        if graph is None:
+            return model.layers(*arguments)
+        graph.layers = model.layers
+        graph.arguments = arguments
+        graph.slots = arguments[3].slots
+        graph.result = torch.full((len(arguments[0]), 1, 32), torch.nan)
+        return graph.result
+
+    def hidden(ids, cache, S):
+        return step(ids, cache, S) if cache.n_tokens else prompt_hidden(ids, cache, S)
+
+    step = RecordedStep(SimpleNamespace(layers=layers))
+    prompt_hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", hidden)
+    monkeypatch.setattr(Graph, "n_recorded", 0)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+@pytest.mark.parametrize("adapter", [None, "pte", "lora"])
+def test_a_recorded_step_is_a_step(adapter, monkeypatch, ends_at):
+    """It is recorded once for each number of rows: 4, 3, then 1."""
+    model, encoder = policy(adapter, eos_token_id=list(EOS))
+    ends_at([4, 12, 12, NEVER])
+    plain = generate(model, encoder, PROMPTS, **UNTIL_24)
+    record_steps(model, monkeypatch)
+    ends_at([4, 12, 12, NEVER])
+    fast = generate(model, encoder, PROMPTS, **UNTIL_24)
+    assert torch.equal(fast.tokens, plain.tokens) and Graph.n_recorded == 3
+    torch.testing.assert_close(fast.logps, plain.logps, atol=1e-4, rtol=1e-4)
+
+def test_a_recording_that_fails_is_a_warning(monkeypatch):
+    def fail(graph):
+        raise RuntimeError("no memory left")
+
+    model, encoder = policy("pte")
+    plain = generate(model, encoder, PROMPTS, **UNTIL_24)
+    record_steps(model, monkeypatch)
+    monkeypatch.setattr(torch.cuda, "graph", fail)
+    with pytest.warns(UserWarning, match="no memory left") as warned:
+        slow = generate(model, encoder, PROMPTS, **UNTIL_24)
+    assert len(warned) == 1 and torch.equal(slow.tokens, plain.tokens)

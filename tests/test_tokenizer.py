@@ -1,199 +1,234 @@
-"""The tokenizer: ids equal Hugging Face's, text comes back, and what is unknown is refused.
-
-The folders are built here: a small byte-level BPE with the pre-tokenizer, and normalizer of the real models.
-"""
+"""The tokenizer: ids and chats equal Hugging Face's, no message becomes a special token."""
 import collections
-import functools
 import json
 import random
 import re
+import time
 import unicodedata
 
 import pytest
 
-from model import Tokenizer, UserError
+from model import Tokenizer, UserError, to_bytes
 
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
-         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-TEXT = ("The price of the 3 tickets is $12.50, don't they'll say; we've 1234567 reasons. Then the user said: café, "
-        "naïve, 東京 東京 日本 日本, Привет привет!\n\n    def f(x):\n        return x ** 2  # the square\n\tthe  end... "
-        "system user assistant You are helpful. answer is 1000 2000 100 10 123 123 456 456 12345 e\u0301\u0301 ÅÅ ") * 2
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+TEXT = (
+    "The price of the 3 tickets is $12.50, don't they'll say; we've 1234567 reasons. Then the user "
+    "said: café, naïve, 東京 日本, Привет привет! def f(x): return x ** 2 e\u0301\u0301 ÅÅ 456 12345")
 STRINGS = [
-    "", "the", " the end ", "don't DON'T we'LL 's", "12345 x1 2", "$1,000.50", "  two   spaces\n\n\n\tx  ", "\r\n \r\n",
-    "café cafe\u0301 A\u030a \u212b", "東京と日本、한국어", "Привет", "🙂👩‍👩‍👧 🇫🇷", "٣٤ ½ Ⅷ ²", "a\u00a0b\u3000c\u2028d\x85",
-    "ſ'ſ 'S", "def f(x):\n    return x", "<think>2</think> <thin", "\0\x7f\ufdd0\U0010ffff", "...  ...", " qzx qzxq"]
-BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
-LETTER = {b: chr(b) for b in BYTES} | {b: chr(256 + k) for k, b in enumerate(sorted({*range(256)} - {*BYTES}))}
-ORDER = [LETTER[b] for b in BYTES + sorted({*range(256)} - {*BYTES})]
+    "", "the", " the end ", "don't DON'T we'LL 's", "12345 x1 2", "$1,000.50", "  two   s\n\n\tx  ",
+    "\r\n \r\n", "café cafe\u0301 A\u030a \u212b", "東京と日本、한국어", "Привет", "🙂👩‍👩‍👧 🇫🇷", "٣٤ ½ Ⅷ ²",
+    "a\u00a0b\u3000c\u2028d\x85", "ſ'ſ 'S", "def f(x):\n    return x", "<think>2</think> <thin",
+    "\0\x7f\ufdd0\U0010ffff", "...  ...", " qzx qzxq"]
+LETTERS = [chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 324))]
+LETTER_OF = {to_bytes(letter)[0]: letter for letter in LETTERS}
+KINDS = {       # name: (special tokens, other added tokens, tokenizer_config.json)
+    "qwen": (["<|im_start|>", "<|im_end|>"], ["<tool_call>"],
+             {"bos_token": None, "add_bos_token": False, "eos_token": "<|im_end|>"}),
+    "r1": (["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"],
+           ["<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"],     # not special there
+           {"bos_token": {"__type": "AddedToken", "content": "<｜begin▁of▁sentence｜>"},
+            "add_bos_token": True}),
+    "llama": (["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], [],
+              {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}),
+    "smol": (["<|im_start|>", "<|im_end|>"], [], {"eos_token": "<|im_end|>"}),
+    "tiny": (["<|end|>"], ["Answer:"], {}),
+}
 
-
-@functools.cache
-def trained(count=120):
-    """The merges of a byte-level BPE trained on TEXT."""
-    words = collections.Counter(re.findall(r" ?\w+|[^\w\n]+|\n+", TEXT))
-    words = {tuple(LETTER[b] for b in word.encode()): n for word, n in words.items()}
-    merges = []
-    for _ in range(count):
-        pairs = collections.Counter()
-        for word, n in words.items():
-            for pair in zip(word, word[1:]):
-                pairs[pair] += n
-        best = max(pairs, key=lambda pair: (pairs[pair], pair))
-        merges.append(best)
-        joined = {}
-        for word, n in words.items():
-            new = []
-            for letter in word:  # left to right, as BPE does
-                new = new[:-1] + [new[-1] + letter] if new and (new[-1], letter) == best else new + [letter]
-            joined[tuple(new)] = n
-        words = joined
-    return merges
-
-
-def write_folder(folder, kind, template=None):
-    """A folder like `kind`'s: same pre-tokenizer, normalizer, merge spelling, place of specials and BOS habits."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    regex = SPLIT.replace("DIGITS", r"\p{N}{1,3}" if kind == "llama" else r"\p{N}")
-    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-    specials, plain, letters, merges = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"], [], ORDER, trained()
-    config, post, normalizer, steps = {"eos_token": "<|im_end|>"}, None, None, [split, byte_level]
-    if kind == "qwen":
-        normalizer, config["bos_token"], config["add_bos_token"], plain = {"type": "NFC"}, None, False, ["<tool_call>"]
-    elif kind == "r1":
-        normalizer = {"type": "Sequence", "normalizers": []}
-        specials = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"]
-        plain = ["<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"]  # not special, says DeepSeek's own file
-        config = {"bos_token": {"__type": "AddedToken", "content": specials[0]}, "add_bos_token": True}
-    elif kind == "llama":
-        specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-        config = {"bos_token": specials[0], "eos_token": specials[4]}
-        post = {"type": "Sequence", "processors": [byte_level, {
-            "type": "TemplateProcessing", "pair": [], "single": [
-                {"SpecialToken": {"id": specials[0], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "special_tokens": {specials[0]: {"id": specials[0], "ids": [0], "tokens": [specials[0]]}}}]}
-    elif kind == "smol":
-        letters = [letter for letter in ORDER if letter not in {LETTER[b] for b in b"\x04\x06\x1d\xc0\xf2\xff"}]
-        steps = [{"type": "Digits", "individual_digits": True}, byte_level | {"use_regex": True}]
-    elif kind == "gpt2":
-        steps = [byte_level | {"use_regex": True}]
-    elif kind == "tiny":
-        letters, merges, specials, steps = [*"0123456789,=;A"], [], ["<|end|>"], [byte_level | {"use_regex": True}]
-    tokens = letters + [a + b for a, b in merges] + (["Ġqzx"] if kind == "llama" else [])  # reached by no merge
-    tokens = specials + tokens if kind == "smol" else tokens + specials
-    tokens += plain
-    ids = {token: i for i, token in enumerate(tokens)}
-    flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "fuse_unk": False,
-             "end_of_word_suffix": None, "byte_fallback": False, "ignore_merges": kind == "llama",
-             "vocab": {token: i for token, i in ids.items() if token not in specials + plain or kind == "smol"},
-             "merges": [list(pair) if kind == "qwen" else " ".join(pair) for pair in merges]}
-    spec = {"version": "1.0", "truncation": None, "padding": None, "normalizer": normalizer, "decoder": byte_level,
-            "added_tokens": [{"id": ids[token], "content": token, "special": token in specials, **flags}
-                             for token in specials + plain],
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps} if len(steps) > 1 else steps[0],
-            "post_processor": post, "model": model}
-    (folder / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(
-        config | {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}), "utf-8")
-    return folder
-
-
-def edited(folder, kind, change):
-    """A folder of this kind whose tokenizer.json `change` has edited."""
-    spec = json.loads((write_folder(folder, kind) / "tokenizer.json").read_text("utf-8"))
-    change(spec)
-    (folder / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
-    return folder
-
-
-GOLDEN_TEXT = "'s    12345 e\u0301 qzx<think>"
-GOLDEN = {  # what the `tokenizers` library gave
-    "qwen": [6, 82, 256, 220, 220, 16, 17, 18, 19, 20, 220, 127, 102, 220, 80, 89, 87, 27, 83, 71, 72, 77, 74, 29],
-    "r1": [6, 82, 256, 220, 220, 16, 17, 18, 19, 20, 360, 300, 220, 80, 89, 87, 380],
-    "llama": [6, 82, 256, 220, 220, 16, 17, 18, 265, 360, 300, 376, 27, 83, 71, 72, 77, 74, 29],
-    "smol": [9, 85, 258, 19, 20, 21, 22, 23, 357, 297, 217, 83, 92, 90, 30, 86, 74, 75, 80, 77, 32],
-    "gpt2": [6, 82, 256, 220, 329, 360, 300, 220, 80, 89, 87, 27, 83, 71, 72, 77, 74, 29],
+GOLDEN = {      # what the `tokenizers` library makes of "'s  12345 e\u0301 qzx<think>"
+    "qwen": [296, 220, 303, 303, 286, 285, 284, 283, 282, 303, 140, 166, 303, 222, 213, 215, 275,
+             219, 231, 230, 225, 228, 273],
+    "r1": [39, 115, 32, 32, 49, 50, 51, 52, 53, 328, 276, 32, 113, 122, 120, 340],
+    "llama": [39, 115, 32, 32, 261, 51, 260, 328, 276, 336, 60, 116, 104, 105, 110, 107, 62],
+    "smol": [38, 114, 31, 31, 48, 49, 50, 51, 52, 325, 273, 31, 112, 121, 119, 59, 115, 103, 104,
+             109, 106, 61],
     "tiny": [1, 2, 3, 4, 5],
 }
 
+def trained_merges(count=80):
+    """The merges of a byte-level BPE trained on TEXT."""
+    words = re.findall(r" ?\w+|[^\w\n]+|\n+", TEXT * 2)
+    words = [[LETTER_OF[byte] for byte in word.encode()] for word in words]
+    merges = []
+    for _ in range(count):
+        pairs = collections.Counter(pair for word in words for pair in zip(word, word[1:]))
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        for word in words:
+            for i in range(len(word) - 1):              # left to right, as BPE does
+                if tuple(word[i:i + 2]) == best:
+                    word[i:i + 2] = ["".join(best)]
+    return merges
 
-@pytest.mark.parametrize("kind", ["qwen", "r1", "llama", "smol", "gpt2", "tiny"])
+def write_folder(folder, kind, template=None, change=lambda spec: None):
+    """A folder like `kind`'s; change(spec) edits tokenizer.json."""
+    special, plain, config = KINDS[kind]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    split = {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {
+        "Regex": SPLIT.replace("DIGITS", r"\p{N}{1,3}" if kind == "llama" else r"\p{N}")}}
+    steps = [split, byte_level | {"use_regex": False}]
+    letters = [LETTER_OF[byte] for byte in range(256)]
+    merges = trained_merges()
+    post_processor = None
+    if kind == "smol":                              # lacks bytes; its special tokens come first
+        letters = [LETTER_OF[byte] for byte in range(256) if byte not in b"\4\6\x1d\xc0\xf2"]
+        steps = [{"type": "Digits", "individual_digits": True}, byte_level | {"use_regex": True}]
+    if kind == "tiny":                              # nothing but letters
+        letters = list("0123456789,=;A")
+        merges = []
+        steps = [byte_level | {"use_regex": True}]
+    tokens = letters + [a + b for a, b in merges]
+    if kind == "llama":
+        bos = special[0]
+        post_processor = {"type": "TemplateProcessing", "pair": [], "single": [
+            {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "special_tokens": {bos: {"id": bos, "ids": [0], "tokens": [bos]}}}
+        tokens.append("Ġqzx")                       # no merge makes it
+    if kind == "qwen":
+        tokens.reverse()                            # ids need not follow the merges
+    tokens = special + tokens + plain if kind == "smol" else tokens + special + plain
+    ids = {token: i for i, token in enumerate(tokens)}
+    added = [{"id": ids[token], "content": token, "special": token in special, "lstrip": False,
+              "rstrip": False, "single_word": False, "normalized": False}
+             for token in special + plain]
+    if kind != "smol":
+        ids = {token: i for token, i in ids.items() if token not in special + plain}
+    model = {"type": "BPE", "vocab": ids, "ignore_merges": kind == "llama",
+             "merges": [list(pair) if kind == "r1" else " ".join(pair) for pair in merges]}
+    normalizers = {"qwen": {"type": "NFC"}, "r1": {"type": "Sequence", "normalizers": []}}
+    if len(steps) > 1:
+        steps = [{"type": "Sequence", "pretokenizers": steps}]
+    spec = {"version": "1.0", "added_tokens": added, "normalizer": normalizers.get(kind),
+            "pre_tokenizer": steps[0], "post_processor": post_processor,
+            "decoder": byte_level | {"use_regex": True}, "model": model}
+    change(spec)
+    config = config | {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+    (folder / "tokenizer.json").write_text(json.dumps(spec), "utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), "utf-8")
+    return folder
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_ids_equal_hugging_face(tmp_path, kind):
     tokenizer = Tokenizer.from_folder(write_folder(tmp_path, kind))
-    assert tokenizer.encode(GOLDEN_TEXT) == GOLDEN[kind]
-    theirs = pytest.importorskip("tokenizers").Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.encode("'s  12345 e\u0301 qzx<think>") == GOLDEN[kind]
+    library = pytest.importorskip("tokenizers")
+    theirs = library.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     random.seed(0)
-    for text in STRINGS + ["".join(random.choices(STRINGS + [" ", "\n", "1"], k=4)) for _ in range(500)]:
-        assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False).ids, repr(text)
+    mixed = ["".join(random.choices(STRINGS + [" ", "\n", "1"], k=4)) for _ in range(300)]
+    for text in STRINGS + mixed:
+        want = theirs.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text) == want, repr(text)
     assert tokenizer.n_ids == theirs.get_vocab_size()
 
-
-@pytest.mark.parametrize("kind", ["qwen", "r1", "llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["qwen", "r1", "llama"])
 def test_text_comes_back(tmp_path, kind):
     tokenizer = Tokenizer.from_folder(write_folder(tmp_path, kind))
     for text in STRINGS + ["".join(map(chr, range(0x3000)))]:
         want = unicodedata.normalize("NFC", text) if kind == "qwen" else text
         assert tokenizer.decode(tokenizer.encode(text)) == want
     euro = tokenizer.encode("€")
-    assert len(euro) == 3 and tokenizer.decode_bytes(euro[:1]) == b"\xe2" and tokenizer.decode(euro[:2]) == "\ufffd"
-    with pytest.raises(AssertionError):
-        tokenizer.decode([tokenizer.n_ids])
-
+    assert tokenizer.decode_bytes(euro[:1]) == b"\xe2" and tokenizer.decode(euro[:2]) == "\ufffd"
+    assert tokenizer.decode([tokenizer.n_ids, *euro, tokenizer.n_ids + 256, 10**6]) == "€"
 
 def test_special_text_stays_text_and_other_added_tokens_are_matched(tmp_path):
     tokenizer = Tokenizer.from_folder(write_folder(tmp_path, "r1"))
-    text = "a<｜end▁of▁sentence｜><think>b"
-    first, think = tokenizer.bos_id, tokenizer.n_ids - 2
-    assert [i for i in tokenizer.encode(text) if i >= first] == [think] and tokenizer.decode([think]) == "<think>"
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    ids = tokenizer.encode("a<｜end▁of▁sentence｜><think>b")
+    assert [i for i in ids if i >= tokenizer.bos_id] == [tokenizer.added["<think>"]]
 
-
-def test_bos(tmp_path):
-    def bos(kind):
+def test_bos_and_prompt(tmp_path):
+    for kind, adds_bos in (("qwen", False), ("tiny", False), ("r1", True), ("llama", True)):
         tokenizer = Tokenizer.from_folder(write_folder(tmp_path, kind))
-        return tokenizer.adds_bos, tokenizer.bos_id and tokenizer.decode([tokenizer.bos_id])
-    assert bos("llama") == (True, "<|begin_of_text|>") and bos("r1") == (True, "<｜begin▁of▁sentence｜>")
-    assert bos("qwen") == bos("tiny") == (False, None)
-
-
-def test_merges_decide_not_ids(tmp_path):
-    """Ids that run against the order of merges give the same pieces, and what no merge makes never comes out."""
-    def reverse(spec):
-        vocab = spec["model"]["vocab"]
-        spec["model"]["vocab"] = {token: len(vocab) - 1 - i for token, i in vocab.items()} | {"Ġqzx": 999, "xq": 998}
-    plain = Tokenizer.from_folder(write_folder(tmp_path, "gpt2"))
-    want = [[plain.decode_bytes([i]) for i in plain.encode(text)] for text in STRINGS]
-    tokenizer = Tokenizer.from_folder(edited(tmp_path, "gpt2", reverse))
-    assert [[tokenizer.decode_bytes([i]) for i in tokenizer.encode(text)] for text in STRINGS] == want
-    assert tokenizer.n_ids == 1000
-
-
-def test_pattern_that_leaves_text_unmatched_loses_none(tmp_path):
-    def digits_only(spec):
-        spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\d\d|x"
-    tokenizer = Tokenizer.from_folder(edited(tmp_path, "llama", digits_only))
-    assert [tokenizer.decode(tokenizer.encode(text)) for text in STRINGS] == STRINGS
-
+        assert tokenizer.adds_bos == adds_bos
+        bos = [tokenizer.added[KINDS[kind][0][0]]] if adds_bos else []
+        assert tokenizer.prompt("12") == bos + tokenizer.encode("12")
+    tokenizer = Tokenizer.from_folder(write_folder(tmp_path, "llama", "{{ messages[0].content }}!"))
+    assert tokenizer.decode(tokenizer.prompt("12")) == "12!"
+    assert tokenizer.decode(tokenizer.prompt("12", raw=True)) == "<|begin_of_text|>12"
 
 BROKEN = {
     "Metaspace": lambda spec: spec.update(pre_tokenizer={"type": "Metaspace"}),
-    "Split + Digits + ByteLevel": lambda spec: spec["pre_tokenizer"]["pretokenizers"].insert(1, {"type": "Digits"}),
-    "Split + ByteLevel": lambda spec: spec["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"),
+    "Digits": lambda spec: spec["pre_tokenizer"]["pretokenizers"].insert(1, {"type": "Digits"}),
+    "Removed": lambda spec: spec["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"),
     "NFKC": lambda spec: spec.update(normalizer={"type": "NFKC"}),
-    "WordPiece": lambda spec: spec["model"].update(type="WordPiece"),
-    "stripping": lambda spec: spec["added_tokens"][0].update(lstrip=True),
-    "'zzz'": lambda spec: spec["model"]["merges"].append("zz z"),
-    "'merges'": lambda spec: spec["model"].pop("merges"),
-    "parsing": lambda spec: spec["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="("),
+    "vocab": lambda spec: spec["model"].pop("vocab"),
+    "Parsing": lambda spec: spec["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="("),
     "NoneType": lambda spec: spec.update(pre_tokenizer=None),
 }
 
-
-@pytest.mark.parametrize("words", BROKEN)
-def test_unknown_tokenizer_is_one_line_that_names_it(tmp_path, words):
-    with pytest.raises(UserError) as error:
-        Tokenizer.from_folder(edited(tmp_path, "qwen", BROKEN[words]))
-    assert str(tmp_path / "tokenizer.json") in str(error.value) and words.lower() in str(error.value).lower()
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize("word", BROKEN)
+def test_unknown_tokenizer_is_one_line_that_names_it(tmp_path, word):
+    with pytest.raises(UserError, match=word) as error:
+        Tokenizer.from_folder(write_folder(tmp_path, "qwen", change=BROKEN[word]))
+    assert str(tmp_path / "tokenizer.json") in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(UserError, match="tokenizer.json: No such file"):
         Tokenizer.from_folder(tmp_path / "missing")
+
+CHATML = (
+    "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are helpful<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
+LLAMA = (
+    "{{- bos_token }}\n{%- for m in messages %}\n    {{- '<|start_header_id|>' + m['role'] + "
+    "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}\n{%- endfor %}\n"
+    "{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}")
+R1 = (
+    "{{bos_token}}{%- for m in messages %}{%- if m['role'] == 'user' %}"
+    "{{'<｜User｜>' + m['content']}}{%- endif %}"
+    "{%- if m['role'] == 'assistant' %}{% set content = m['content'] %}"
+    "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{{'<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>'}}{%- endif %}{%- endfor -%}"
+    "{% if add_generation_prompt %}{{'<｜Assistant｜>'}}{% endif %}")
+CHATS = {       # kind: (template, what it makes of CONVERSATION)
+    "qwen": (CHATML, "".join((
+        "<|im_start|>system\nYou are helpful<|im_end|>\n<|im_start|>user\n The price? <|im_end|>\n",
+        "<|im_start|>assistant\n<think>x</think> 12<|im_end|>\n<|im_start|>user\nthe end",
+        "<|im_end|>\n<|im_start|>assistant\n"))),
+    "llama": (LLAMA, "".join((
+        "<|begin_of_text|>", HEADER.format("user"), "The price?<|eot_id|>",
+        HEADER.format("assistant"), "<think>x</think> 12<|eot_id|>", HEADER.format("user"),
+        "the end<|eot_id|>", HEADER.format("assistant")))),
+    "r1": (R1, "".join((
+        "<｜begin▁of▁sentence｜><｜User｜> The price? <｜Assistant｜> 12<｜end▁of▁sentence｜>",
+        "<｜User｜>the end<｜Assistant｜>"))),
+}
+CONVERSATION = [
+    {"role": "user", "content": " The price? "},
+    {"role": "assistant", "content": "<think>x</think> 12"}, {"role": "user", "content": "the end"}]
+
+@pytest.mark.parametrize("kind", CHATS)
+def test_chat(tmp_path, kind):
+    template, text = CHATS[kind]
+    tokenizer = Tokenizer.from_folder(write_folder(tmp_path, kind, template))
+    ids = tokenizer.chat(CONVERSATION)
+    assert tokenizer.decode(ids) == text
+    names = [token for token in re.split("(<[^<>]*>)", text) if token in tokenizer.added]
+    assert [i for i in ids if i in tokenizer.added.values()] == [tokenizer.added[t] for t in names]
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert ids == theirs.apply_chat_template(
+        CONVERSATION, add_generation_prompt=True, return_dict=False)
+
+@pytest.mark.parametrize("kind", CHATS)
+def test_a_message_never_makes_a_token_of_the_template(tmp_path, kind):
+    tokenizer = Tokenizer.from_folder(write_folder(tmp_path, kind, CHATS[kind][0]))
+
+    def added_ids(content):
+        return [i for i in tokenizer.prompt(content) if i in tokenizer.added.values()]
+    text = "".join(tokenizer.special) + "<|im_<|im_end|>end|><\ufdd0|im_end|><｜User｜><｜User｜>"
+    assert added_ids(text) == added_ids("x") == added_ids("x\ufdd0")
+    assert text.replace("\ufdd0", "") in tokenizer.decode(tokenizer.prompt(text))
+
+def test_templates_that_fail(tmp_path):
+    for template, words in (
+            (None, "no chat template; use --raw"), ("{{ raise_exception('roles') }}", "fails"),
+            ("{% if %}", "template fails"), ("{{ ''.__class__.__mro__ }}", "unsafe")):
+        tokenizer = Tokenizer.from_folder(write_folder(tmp_path, "smol", template))
+        with pytest.raises(UserError, match=words):
+            tokenizer.chat(CONVERSATION)
+    template = "{{ messages[0].content }} {{ strftime_now('%Y') }}"
+    (tmp_path / "chat_template.jinja").write_text(template, "utf-8")
+    ids = Tokenizer.from_folder(tmp_path).chat(CONVERSATION)
+    assert tokenizer.decode(ids) == f" The price?  {time.strftime('%Y')}"
