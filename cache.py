@@ -8,13 +8,13 @@ of the tokens that have left (paper, section 3). Per layer one buffer for keys a
 
 When all W response slots are taken and one more token is to be written, the oldest E leave: `evict`
 hands out their keys and values, and the next E tokens take their slots. So the W slots are a ring:
-response token n lies in slot P + n mod W. `window = 0` is the full cache, whose ring never fills.
+response token n lies in slot P + (n mod W). `window = 0` is the full cache: its ring never fills.
 
 Three facts keep this simple:
 - Attention does not care in which slot a key lies: its position is in the key itself (RoPE).
   A key keeps the position that it was written with.
 - Evictions depend on the number of response tokens only. All rows of a batch evict at the same
-  step, however long their prompts are, and no shape ever changes.
+  step, however long their prompts are, and an eviction changes no shape.
 - One small table, `token_at`, says which token lies in which slot. Slots and mask follow from it.
 
 Left out: eviction by attention scores (H2O, PyramidKV, HeadKV), StreamingLLM's positions within
@@ -35,7 +35,8 @@ def eviction_size(window, evict_ratio):
         return 0
     exact = window * evict_ratio
     E = round(exact) if 0 < evict_ratio <= 1 else 0
-    if E < 1 or abs(E - exact) > 1e-6 or window % E != 0:
+    divides = E >= 1 and window % E == 0
+    if not divides or abs(E - exact) > 1e-6:
         raise UserError(
             f"--window {window} --evict-ratio {evict_ratio:g}: {exact:g} tokens would leave at "
             "once, which must be a whole number that divides the window; try --window 16 "
@@ -60,18 +61,18 @@ class SlidingCache:
         self.P = P
         self.W = window
         self.E = evict_size
-        self.token_at = torch.full((P + window,), -1)      # slot -> token; -1 is empty. On the host
+        self.token_at = torch.full((P + window,), -1)      # slot -> token; -1 is empty. On the CPU
         self.n_tokens = 0                                   # tokens that have had a slot so far
         self.reserved = None                              # (T,) numbers of the tokens to be written
         self.slots = None                                   # (T,) and their slots
         self.keys = [None] * n_layers
         self.values = [None] * n_layers
-        self.read_all_slots = False                       # attention also reads empty slots, masked
+        self.read_all_slots = False                       # True: read empty slots as well, masked
 
     # ---- for the model: reserve, positions, mask, write
 
     def reserve(self, T):
-        """Claims slots for the next T tokens. The only method that moves n_tokens."""
+        """Claims slots for the next T tokens. The only method that changes n_tokens."""
         empty = (self.token_at < 0).nonzero()[:, 0]
         assert T <= len(empty), "evict first: too few slots are empty"
         slots = empty[:T]

@@ -1,4 +1,4 @@
-"""encoder.py: the thought encoder, and the linear layers that its state bends.
+"""encoder.py: the thought encoder, and the linear layers that its state changes.
 
 Before the oldest tokens leave the window, their keys and values K_e, V_e (E, KV*D) are encoded into
 a state S of M x R numbers per row and layer, however long the response is (paper, section 3). With
@@ -7,12 +7,12 @@ learnable global tokens h_g (M, KV*D) and projections W_Q, W_K, W_V: KV*D -> R,
     S'  = (W_Q h_g) (W_K K_e)^T (W_V V_e) / sqrt(R E)        what one eviction adds
     S_0 = Normalize[(W_Q h_g) (W_K h_g)^T (W_V h_g)]         before the first eviction
 
-    S <- Normalize(S + S')                                   --memory-update paper
-    U <- U + S',   S = Normalize(U)                          --memory-update sum (ours)
+    memory <- Normalize(memory + S')                         --memory-update paper
+    memory <- memory + S'                                    --memory-update sum (ours)
+    S = Normalize(memory)                                    what the linear layers read
 
-The paper's rule shrinks the past at every eviction, so old evictions fade exponentially; the plain
-sum weighs all evictions alike. What is carried on, S in the first rule and U in the second, is
-called the memory below. Every linear layer y = W x of a block becomes
+The memory starts as S_0. The paper's rule shrinks the past at every eviction, so old evictions fade
+exponentially; the sum weighs all evictions alike. Every linear layer y = W x of a block becomes
 
     y = W x + alpha/R * A S B x          A (out, M), zero at the start; B (R, in)
 
@@ -58,11 +58,10 @@ class AdaptedLinear(nn.Module):
         return self.base(x) + self.scale * (z @ self.A.to(x.dtype).T)
 
 class ThoughtEncoder(nn.Module):
-    """The states of all layers at once: the layer is a batch dimension L.
+    """The learned parameters, and functions of the memory. The layer is a batch dimension L.
 
-    adapter: "pte"; "lora", whose state is the identity for ever; or the paper's two ablations,
-    "no-global" (S_0 = 0) and "global-only" (S_0 for ever). Made by `attach`.
-    """
+    adapter: "pte"; "lora", with S = I, fixed; or the paper's two ablations, "no-global" (S_0 = 0)
+    and "global-only" (S = S_0, fixed). Made by `attach`."""
 
     def __init__(self, L, width, adapter, R, M, memory_update):
         """width: KV*D, the size of a token's keys in one layer."""
@@ -97,7 +96,8 @@ class ThoughtEncoder(nn.Module):
         return self.normalize(memory) if self.memory_update == "paper" else memory
 
     def state(self, memory):
-        """The state S that the linears read, (L, B or 1, M, R)."""
+        """The state S that the linears read, (L, B or 1, M, R). The paper's rule has normalized the
+        memory already; then this changes nothing."""
         return memory if self.adapter == "lora" else self.normalize(memory)
 
     def encode(self, K, V):
@@ -117,8 +117,8 @@ class ThoughtEncoder(nn.Module):
         return [p for p in self.parameters() if p.requires_grad]
 
     def tensors(self):
-        """{name in a file: tensor, a view of the parameter}. A and B have the names that PEFT gives
-        them, so that PEFT reads the file of a LoRA as it is."""
+        """{name in a file: tensor}, views: copying into one loads it. A and B have the names that
+        PEFT gives them, so that PEFT reads the file of a LoRA as it is."""
         found = {}
         for name, parameter in self.named_parameters(recurse=False):            # h_g, W_Q, W_K, W_V
             found[name] = parameter.detach()

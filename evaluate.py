@@ -453,6 +453,8 @@ def compare(model="", runs=(), data=(), *, data_dir="data", limit=0, windows=(),
     if not arms or not data:
         raise UserError("which model, which problems? give --model DIR or --runs RUN, and --data "
                         f"FILE.jsonl or one of {', '.join(BENCHMARKS)}")
+    if plot:
+        import matplotlib.pyplot        # if it is missing, fail now and not at the end
     if batch < 1 or min(limit, max_new_tokens, samples, pass_at, seed) < 0:
         raise UserError("a number is too small: --batch is at least 1, the others are at least 0")
     configs = [config for _, config in arms.values() if config]

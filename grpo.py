@@ -1,14 +1,15 @@
 """grpo.py: one step of GRPO, given rollouts and their rewards.
 
-Group Relative Policy Optimisation. For the G responses to one prompt, with rewards R_i,
+Group Relative Policy Optimisation. For the G responses to one prompt and their rewards,
 
-    A_i  = (R_i - mean R) / (std R + eps)                  the group is its own baseline
-    r    = pi_new(y_t | C_t, S_t) / pi_old(y_t | C_t, S_t)
-    loss = -1/N sum over rows and tokens of  min(r A, clip(r, 1 - low, 1 + high) A)
-           + kl_coef * KL(pi_new || base model)
+    advantage = (reward - mean reward) / (std of rewards + eps)         of the group
+    ratio     = pi_new(y_t | C_t, S_t) / pi_old(y_t | C_t, S_t)
+    loss      = 1/n_tokens * sum over rows and tokens of
+                - min(ratio * advantage, clip(ratio, 1 - low, 1 + high) * advantage)
+                + kl_coef * KL(pi_new || base model)
 
-Both policies are those of the window and the state. N is the number of tokens of the whole step, so
-the gradient does not depend on how the rows are split into micro-batches.
+Both policies are those of the window and the state. n_tokens counts the whole step, so the gradient
+does not depend on how the rows are split into micro-batches.
 
 Replay (paper, section 3; the details are ours). Between two evictions the state and what is cached
 stay the same, so a response is replayed in segments, each one causal forward pass:
@@ -17,22 +18,22 @@ stay the same, so a response is replayed in segments, each one causal forward pa
     state        S_0       |       S_1       |        S_2         |
 
 A segment reads the keys and values that earlier segments have cached, made under their own states.
-They are never made anew under a newer state: that is why r is exactly 1 before the first update
-(`logp_gap` measures it). They are constants, so each segment has its own backward pass, after which
-its activations are freed.
+They are never made anew under a newer state: that is why the ratio is exactly 1 before the first
+update (`logp_gap` measures it). They are constants, so each segment has its own backward pass,
+after which its activations are freed.
 
-The gradient through the memory is exact all the same. S_j enters its segment as a leaf, which
-collects dL/dS_j, M x R numbers per layer and row. At the end one backward pass through the short
-chain S_0 -> S_1 -> S_2 ... carries them on to h_g, W_Q, W_K and W_V. For that only the evicted keys
-and values are kept.
+The gradient of h_g, W_Q, W_K and W_V is nevertheless exact, given these constants. S_j enters its
+segment as a leaf, which collects the gradient of the loss: M x R numbers per layer and row. At the
+end one backward pass through the short chain S_0 -> S_1 -> S_2 ... carries it on to the parameters.
+For that only the evicted keys and values are kept.
 
 What differs from other GRPO code:
 1. The loss is DAPO's mean over the tokens of the step, not GRPO's mean over responses of means
    over tokens, and the clip is DAPO's (0.2 below, 0.28 above). loss = "dr_grpo" divides by a
    constant length instead, and its advantages have no std.
-2. Groups whose rewards are all equal count in N, but are not replayed: their gradient is zero.
-3. With one update per rollout r is 1 and the clip never acts: the loss is REINFORCE with a group
-   baseline. To see the clip act: --inner-epochs 2.
+2. Rows with advantage 0 count in n_tokens, but are not replayed: their gradient is zero.
+3. With one update per rollout the ratio is 1 and the clip never acts: the loss is REINFORCE with a
+   group baseline. To see the clip act: --inner-epochs 2.
 
 Left out: a value network, importance weights for a foreign sampler, asynchronous rollouts.
 
@@ -102,12 +103,12 @@ def reference_logps(model, rollout, rows):
     T = int(rollout.lengths[rows].max())
     prompt_of = rollout.prompt_of[rows]
     tokens = rollout.tokens[rows, :T]                                           # (b, T)
-    columns = torch.arange(T, device=tokens.device)                             # (T,)
-    columns = rollout.prompt_lengths[prompt_of][:, None] + columns              # (b, T)
+    steps = torch.arange(T, device=tokens.device)                               # (T,)
+    positions = rollout.prompt_lengths[prompt_of][:, None] + steps              # (b, T)
     ids = F.pad(rollout.prompt_ids[prompt_of], (0, T))                          # (b, P + T)
-    ids = ids.scatter(1, columns, tokens)                 # the response right behind its own prompt
+    ids = ids.scatter(1, positions, tokens)               # the response right behind its own prompt
     hidden = model.hidden(ids)                                                  # (b, P + T, C)
-    index = (columns - 1)[..., None].expand(-1, -1, hidden.shape[2])            # (b, T, C)
+    index = (positions - 1)[..., None].expand(-1, -1, hidden.shape[2])            # (b, T, C)
     return token_logps(model, hidden.gather(1, index), tokens, rollout.temperature)
 
 # ------------------------------------------------------------------------------------------- replay
@@ -127,8 +128,9 @@ def replay_and_backward(model, encoder, rollout, rows, token_loss, truncate_memo
     gradient of their loss to .grad.
 
     token_loss(logps (b, t), columns) -> scalar: the loss of the tokens in these columns (a slice).
+    It is called once per segment, and its result goes backward at once.
     truncate_memory: the gradient of a segment goes through the eviction before it and no further.
-    Then nothing is kept between segments, and long responses need no more memory than short ones."""
+    Then nothing is kept between segments: a long response needs no more memory than a short one."""
     T = int(rollout.lengths[rows].max())
     tokens = rollout.tokens[rows, :T]                                           # (b, T)
     prompts, prompt_of = rollout.prompt_of[rows].unique(return_inverse=True)    # (n,), (b,)
@@ -204,7 +206,7 @@ def backward(model, encoder, rollout, advantages, rows, n_tokens, config):
         old_logps = rollout.logps[rows, columns]                                # (b, t)
         numbers = torch.arange(columns.start, columns.stop, device=device)      # (t,)
         mask = numbers < rollout.lengths[rows, None]          # (b, t) up to the end token, included
-        logps = torch.where(mask, logps, old_logps)           # behind it anything may stand
+        logps = torch.where(mask, logps, old_logps)      # after the end: ratio 1, whatever is there
         loss, clipped = policy_loss(logps, old_logps, advantages[rows, None],
                                     config.clip_low, config.clip_high)
         kl = torch.zeros_like(loss)
@@ -234,7 +236,7 @@ def grpo_step(model, encoder, optimizer, rollout, rewards, config, all_reduce=la
     all_reduce(n_tokens)
     batches = micro_batches(rollout, advantages, config.micro_batch, all_rows=config.kl_coef > 0)
     parameters = encoder.trainable_parameters()
-    metrics = {"spread": (advantages != 0).float().mean().item()}   # rows of groups that differ
+    metrics = {"spread": (advantages != 0).float().mean().item()}   # rows that teach
     for epoch in range(config.inner_epochs):
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)

@@ -466,8 +466,10 @@ def run_script(main):
         main()
     except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(130)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, ImportError) as error:
         message = " ".join(str(error).split())
+        if isinstance(error, ImportError):                  # an optional package
+            message += f"; pip install {error.name}"
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
         sys.exit(2)
 

@@ -5,7 +5,7 @@
 Each prompt passes through the model once and is shared by its group of G responses. Then all rows
 go on together, one token per step. When the cache is full, the oldest tokens leave it and are
 encoded into the memory. A row ends with the first end token that it draws, which counts as one of
-its tokens. The log-prob of every token is stored: it is the old policy of GRPO.
+its tokens. The log-probs of all tokens are stored: they are GRPO's old log-probs.
 
 The rows of a prompt draw from random numbers of their own, made from the prompt's seed. So up to
 rounding a response does not depend on which other prompts are in the batch.
@@ -152,7 +152,7 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
     alive = torch.arange(B, device=device)              # (b,) the rows that are still in the batch
     finished = torch.zeros(B, dtype=torch.bool, device=device)      # (b,) those that have ended
     n_alive = B
-    check_every = 1 if device.type == "cpu" else 16     # a GPU makes the host wait for an answer
+    check_every = 1 if device.type == "cpu" else 16     # reading a number from a GPU means waiting
 
     cache = SlidingCache(model.config.n_layers, prompt_lengths, P, window, E, max_new_tokens)
     memory = encoder.initial_memory() if encoder else None                      # (L, 1, M, R)
@@ -203,7 +203,7 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
     first_end = is_end.int().argmax(dim=1)                                          # (B,)
     lengths = torch.where(ended, first_end + 1, t + 1)                              # (B,)
     result = prompt_ids, prompt_lengths, prompt_of, tokens, lengths, logps[:, :t + 1], ended
-    with torch.inference_mode(False):                       # ordinary tensors, to build graphs on
+    with torch.inference_mode(False):                       # copies that autograd accepts
         return Rollout(*[x.clone() for x in result], window, E, temperature, cache_mb)
 
 # ------------------------------------------------------------------- the command line: a chat

@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +86,7 @@ class Config:
     resume: str = flag("", "run folder to go on with, under its settings and what is given anew")
     merge: str = flag("", "run folder of a LoRA to be written to --out as a model of its own")
     wandb: bool = flag(False, "also log to Weights & Biases (pip install wandb)")
-    seed: int = flag(0, "of base model, problems, samples and adapter")
+    seed: int = flag(0, "random seed of base model, problems, samples and adapter")
     device: str = flag("auto", "where to run", ("auto", "cuda", "mps", "cpu"))
     dtype: str = flag("auto", "of the frozen weights; auto: bfloat16 on a GPU, else float32",
                       ("auto", "float32", "bfloat16"))
@@ -104,6 +105,10 @@ class Config:
                      "micro_batch", "inner_epochs", "base_steps", "sample_every", "save_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: give 1 or more")
+        if min(self.seed, self.test_problems) < 0:
+            raise UserError("--seed and --test-problems: give 0 or more")
+        if self.wandb and not find_spec("wandb"):
+            raise UserError("--wandb: pip install wandb")
         if self.adapter == "lora" and self.rank != self.global_tokens:
             raise UserError(f"--adapter lora --rank {self.rank} needs --global-tokens {self.rank}")
         if (self.model == "tiny") != (self.data in TASKS):
@@ -139,7 +144,7 @@ class Tally:
     Under a window of 16 the first of two sums has left the cache when it is asked for: a model that
     has not kept it can only guess, 1 in 10. Another task is another class with these names."""
     characters = "0123456789,=;"                            # the vocabulary of the base model
-    counts = (1, 2, 3)                                      # K: all are learned by the base model
+    counts = (1, 2, 3)                                      # K: the base model learns all of them
 
     def problem(self, K, rng):
         lists = rng.integers(0, 10, (K, 6))                                     # (K, 6)
@@ -152,7 +157,7 @@ class Tally:
         return {"problem": question, "walks": walks, "answer": answer, "exact": True, "K": K}
 
     def batch(self, step, n, seed):
-        """The n problems of a step: two lists in three steps, then one list in one step."""
+        """The n problems of a step. Every fourth step has one list, the others have two."""
         rng = np.random.default_rng([seed, 1, step])
         return [self.problem(1 if step % 4 == 3 else 2, rng) for _ in range(n)]
 
@@ -186,9 +191,9 @@ def make_base(folder, task, config, device):
     """Trains a Llama of 300,000 weights on gold responses, never under a window. Writes a folder
     that is read like any other model's; does nothing if it is there already.
 
-    In half of the steps the first parts of the response are hidden from the later ones. So the
-    model learns to guess evenly where it cannot know, and GRPO finds lucky guesses to reward. It
-    learns nothing about carrying what is hidden."""
+    In some steps the first lists are hidden from all that follows them. So the model learns to
+    guess evenly where it cannot know, and GRPO finds lucky guesses to reward. It learns nothing
+    about carrying what is hidden."""
     made_for = [config.base_steps, *task.gold(task.problem(2, np.random.default_rng(0)))]
     if folder.exists() and read_json(folder / "config.json", {}).get("made_for") == made_for:
         return
@@ -232,6 +237,8 @@ def make_base(folder, task, config, device):
 
 # ------------------------------------------------------------------ several processes, checkpoints
 
+IS_FIRST = int(os.environ.get("RANK", 0)) == 0     # torchrun numbers its processes
+
 def init_distributed(device):
     """Joins the processes that torchrun has started, if any -> (rank, world_size)."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -248,7 +255,7 @@ def all_reduce(tensor):
     return tensor
 
 def log(text):
-    if int(os.environ.get("RANK", 0)) == 0:
+    if IS_FIRST:
         tqdm.write(text, file=sys.stderr)
 
 def append(path, records):
@@ -327,7 +334,7 @@ def train(config):
     config.out = config.resume or free_run_dir(config, world_size)
     out = Path(config.out)
     waiting = torch.zeros((), device=device)
-    all_reduce(waiting)                                     # all have looked: now it can be made
+    all_reduce(waiting)                                     # all have seen that --out is free
     if config.model == "tiny" and rank == 0 and not (out / "base").exists():
         base = Path(f"runs/tiny-base-{config.seed}")
         make_base(base, task, config, device)
@@ -343,7 +350,7 @@ def train(config):
     optimizer = torch.optim.AdamW(encoder.trainable_parameters(), betas=(0.8, 0.99), weight_decay=0)
     done = load_checkpoint(out, encoder, optimizer)
     if rank == 0:
-        write_json(out / "config.json", asdict(config))
+        write_json(out / "config.json", asdict(config) | {"resume": ""})
     if rank == 0 and config.wandb:
         import wandb
         wandb.init(project="nanopte", name=out.name, config=asdict(config))
@@ -422,7 +429,7 @@ def print_table(config):
     out = Path(config.out)
     task = TASKS[config.data]()
     rng = np.random.default_rng([config.seed, 2])
-    for old in [*out.glob("table.*"), *out.glob(f"{config.data}-*.jsonl")]:     # of fewer steps
+    for old in [*out.glob("table.*"), *out.glob(f"{config.data}-*.jsonl")]:   # from before a resume
         old.unlink()
     files = []
     for K in task.counts:
@@ -453,7 +460,7 @@ def main():
     start = time.time()
     recent = []
     steps = train(config)
-    with tqdm(total=config.steps, desc="GRPO", file=sys.stderr) as bar:
+    with tqdm(total=config.steps, desc="GRPO", file=sys.stderr, delay=1e-3) as bar:
         for metrics in steps:
             bar.update(metrics["step"] - bar.n)
             recent.append(metrics)
@@ -462,10 +469,11 @@ def main():
                 recent = []
             if all_reduce(torch.tensor(len(signals))) > 0:  # in any process
                 steps.close()                               # writes a checkpoint
-                log(f"stopped after step {metrics['step']} of {config.steps}; go on with: "
-                    f"python train.py --resume {config.out}")
+                if IS_FIRST:
+                    print(f"stopped after step {metrics['step']} of {config.steps}; go on with: "
+                          f"python train.py --resume {config.out}")
                 return
-    if int(os.environ.get("RANK", 0)) == 0:
+    if IS_FIRST:
         if config.model == "tiny" and config.test_problems:
             print_table(config)
         log(f"{(time.time() - start) / 60:.1f} minutes; everything is in {config.out}")

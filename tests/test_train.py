@@ -1,7 +1,7 @@
-"""train.py: a run and its files, the tiny base, a second task, a notebook, resuming, people's mistakes.
+"""train.py: a run and its files, the tiny base, another task, a notebook, resuming; mistakes.
 
-All runs are tiny and learn nothing useful. Here a response is rewarded for its length, so that even
-a model that gets nothing right has rewards that differ and a gradient.
+All runs are tiny and learn nothing useful. A response is rewarded for its length here, so that even
+a model that gets nothing right has rewards that differ, and a gradient.
 """
 import json
 import sys
@@ -9,7 +9,6 @@ from pathlib import Path
 from shutil import copytree
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,34 +16,24 @@ import evaluate
 import rollout
 import train
 from conftest import call
-from model import Transformer, read_safetensors, write_json, write_safetensors
+from model import Transformer, read_safetensors, write_json
 from train import Config, load_run
 
 TINY = dict(prompts=2, group_size=4, window=8, evict_ratio=0.5, max_new_tokens=20, base_steps=2,
             steps=3, save_every=2, sample_every=2, test_problems=0, device="cpu")
 CLOCK = ("seconds", "tokens_per_second", "peak_memory_mb")
-FIELDS = {"step", "K", "reward", "accuracy", "answer_found", "response_tokens", "truncated", "spread",
-          "evictions", "loss", "kl", "grad_norm", "logp_gap", "ratio_clipped", "skipped", *CLOCK}
+FIELDS = {*CLOCK, "step", "K", "reward", "accuracy", "answer_found", "response_tokens", "truncated",
+          "spread", "evictions", "loss", "kl", "grad_norm", "logp_gap", "ratio_clipped", "skipped"}
 IDS = torch.tensor([[5, 2, 7, 1, 11, 3, 0, 9, 12, 13, 4, 4]])
 
-def by_length(self, problem, text, n_tokens, ended):
-    return n_tokens / 20
-
-class Largest:
-    """A second task: the largest of three digits, of K such lists."""
-    characters = "0123456789,="
-    counts = (1, 2)
-    reward = by_length
+class Largest(train.Tally):
+    """Another task: the larger of two digits."""
+    counts = (2,)
 
     def problem(self, K, rng):
-        lists = rng.integers(0, 10, (K, 3)).tolist()
-        question = ",".join("".join(map(str, digits)) for digits in lists) + "="
-        answer = "".join(str(max(digits)) for digits in lists)
-        return {"problem": question, "answer": answer, "exact": True, "K": K}
-
-    def batch(self, step, n, seed):
-        rng = np.random.default_rng([seed, 1, step])
-        return [self.problem(2, rng) for _ in range(n)]
+        digits = rng.integers(0, 10, K).tolist()
+        question = "".join(map(str, digits)) + "="
+        return {"problem": question, "answer": str(max(digits)), "exact": True, "K": K}
 
     def gold(self, problem):
         return ["Answer:" + problem["answer"]]
@@ -53,116 +42,99 @@ def run(**changes):
     """train.py with tiny settings -> exit code, stdout, stderr."""
     argv = []
     for name, value in (TINY | changes).items():
-        argv += ["--" + name.replace("_", "-")] + ([] if value is True else [value])
+        argv += ["--" + name.replace("_", "-"), value]
     return call(train, *argv)
 
 def lines(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 def result(folder):
-    """What a run has led to, without what tells the time."""
+    """What a run has led to: metrics without what tells the time, samples, the adapter's bytes."""
     metrics = lines(f"{folder}/metrics.jsonl")
     for line in metrics:
         for name in CLOCK:
             del line[name]
-    return (metrics, lines(f"{folder}/samples.jsonl"),
-            Path(folder, "adapter.safetensors").read_bytes())
+    adapter = Path(folder, "adapter.safetensors").read_bytes()
+    return metrics, lines(f"{folder}/samples.jsonl"), adapter
 
-def logits(folder):
-    return Transformer.from_folder(folder)(IDS)
-
-def logits_of_run(folder):
-    model, encoder, _, _ = load_run(folder)
+def logits(run):
+    model, encoder, _, _ = load_run(run)
     return model(IDS, S=encoder.state(encoder.initial_memory()))
 
 @pytest.fixture(scope="module", autouse=True)
-def first(tmp_path_factory):
-    """A working directory with one run in it, runs/tiny-pte-0 -> its (exit code, stdout, stderr)"""
+def printed(tmp_path_factory):
+    """A working directory with a run of three steps in it, `run` -> what it has printed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("train"))
-        patch.setattr(train.Tally, "reward", by_length)
-        yield run(test_problems=2)
+        patch.setattr(train.Tally, "reward", lambda self, problem, text, n, ended: n / 20)
+        code, out, err = run(out="run", test_problems=2)
+        assert code == 0
+        yield out, err
 
 @pytest.fixture(scope="module")
-def lora(first):
-    """The folder of a LoRA run that has learned something, alpha / rank = 2.5."""
-    assert run(out="lora", adapter="lora", rank=4, global_tokens=4, alpha=10, lr=0.1, warmup=0)[0] == 0
-    return "lora"
+def lora(printed):
+    """`lora`, a LoRA run that has learned something, and `merged`, made from it."""
+    run(out="lora", adapter="lora", rank=4, global_tokens=4, alpha=10, lr=0.1, warmup=0)
+    assert call(train, "--merge", "lora", "--out", "merged")[0] == 0
 
-WHOLE = "runs/tiny-pte-0"
-
-def test_what_a_run_prints_and_writes(first):
-    code, out, err = first
-    assert code == 0 and "step    3  accuracy K=2   0% |" in err and f"everything is in {WHOLE}" in err
-    assert "K = 2 under a window of 8: 0% before, 0% after" in out.splitlines()[-1]
-    tables = {"table.json", "table.jsonl", "table.md", *[f"tally-{K}.jsonl" for K in (1, 2, 3)]}
-    assert {path.name for path in Path(WHOLE).iterdir()} == tables | {
-        "config.json", "metrics.jsonl", "samples.jsonl", "checkpoint.pt", "base",
-        "adapter.safetensors", "adapter_config.json"}
-    for step, metrics in enumerate(lines(f"{WHOLE}/metrics.jsonl"), start=1):
+def test_what_a_run_prints_and_writes(printed):
+    out, err = printed
+    assert "step    3  accuracy K=2   0% |  " in err and "everything is in run" in err
+    assert out.splitlines()[-1] == "K = 2 under a window of 8: 0% before, 0% after"
+    assert {path.name for path in Path("run").iterdir()} == {
+        "config.json", "metrics.jsonl", "samples.jsonl", "checkpoint.pt", "base", "table.json",
+        "adapter.safetensors", "adapter_config.json", "table.jsonl", "table.md", "tally-1.jsonl",
+        "tally-2.jsonl", "tally-3.jsonl"}
+    for step, metrics in enumerate(lines("run/metrics.jsonl"), start=1):
         assert metrics.keys() == FIELDS and metrics["step"] == step and metrics["K"] == 2
         assert metrics["logp_gap"] < 1e-4 and 0 <= metrics["answer_found"] <= 1
         assert min(metrics[name] for name in ("evictions", "spread", "grad_norm", "reward")) > 0
-    samples = lines(f"{WHOLE}/samples.jsonl")
-    assert [sample["step"] for sample in samples] == [1, 1, 3, 3]       # one of each group
+    samples = lines("run/samples.jsonl")
+    assert [sample["step"] for sample in samples] == [1, 1, 3, 3]       # one for each problem
     for sample in samples:
         assert len(sample["prompt"]) == 14 and sample["prompt"][-1] == "="
         assert sample["prediction"] == evaluate.extract_answer(sample["response"])
-        assert sample["reward"] == sample["response_tokens"] / 20
-    rows = json.loads(Path(WHOLE, "table.json").read_text())["rows"]
+        assert sample["reward"] == sample["tokens"] / 20
+    rows = json.loads(Path("run/table.json").read_text())["rows"]
     assert [(row["arm"], row["window"]) for row in rows] == [
         ("no training", 0), ("no training", 8), ("PTE", 0), ("PTE", 8)]
     assert all([*row["scores"]] == ["tally-1", "tally-2", "tally-3"] for row in rows)
 
-def test_a_second_run_takes_the_next_free_name_and_the_same_base():
+def test_a_run_takes_the_next_free_name_and_a_base_that_is_there():
     before = Path("runs/tiny-base-0/model.safetensors").stat()
-    assert run()[0] == 0
+    run()
+    run()
     assert Path("runs/tiny-base-0/model.safetensors").stat() == before
-    assert result("runs/tiny-pte-0-2") == result(WHOLE)                 # bit for bit
+    assert result("runs/tiny-pte-0") == result("runs/tiny-pte-0-2") == result("run")
 
 def test_another_task_is_a_class_and_gets_a_base_of_its_own(monkeypatch):
     monkeypatch.setitem(train.TASKS, "largest", Largest)
-    files = []
-    for changes in ({}, {}, {"base_steps": 1}, {"data": "largest", "test_problems": 1}):
+    made = []
+    for changes in ({}, {"base_steps": 1}, {"data": "largest", "test_problems": 1}):
         code, out, _ = run(seed=5, steps=1, **changes)
         assert code == 0
-        files.append(Path("runs/tiny-base-5/model.safetensors").stat().st_mtime_ns)
-    assert files[0] == files[1] and len(set(files)) == 3
-    assert "| largest-1 | largest-2 |" in out and out.splitlines()[-1].startswith("K = 2 under")
-    assert len(lines("runs/tiny-pte-5-4/samples.jsonl")[0]["prompt"]) == 8
+        made.append(Path("runs/tiny-base-5/model.safetensors").read_bytes())
+    assert len(set(made)) == 3 and "| largest-2 | average" in out
+    assert len(lines("runs/tiny-pte-5-3/samples.jsonl")[0]["prompt"]) == 3
 
 def test_a_notebook_stops_and_a_script_goes_on_as_if_nothing_had_happened():
     for metrics in train.train(Config(**TINY, out="half")):
         if metrics["step"] == 1:
             break
-    assert torch.load("half/checkpoint.pt")["step"] == 1 and len(lines("half/metrics.jsonl")) == 1
-    with open("half/metrics.jsonl", "a") as file:               # of a step without a checkpoint
-        file.write('{"step": 2, "rew')
+    with open("half/metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "rew')                          # killed before its checkpoint
+    assert torch.load("half/checkpoint.pt")["step"] == 1
     assert call(train, "--resume", "half")[0] == 0
-    assert result("half") == result(WHOLE)
+    assert result("half") == result("run")
+    assert call(train, "--resume", "half", "--steps", 4)[0] == 0
+    assert result("half")[0][:3] == result("run")[0] and len(result("half")[0]) == 4
 
-def test_more_steps_go_on_other_settings_are_refused():
-    copytree(WHOLE, "more")
-    others = dict(model="x", data="x", adapter="lora", memory_update="sum", rank=4, global_tokens=4,
-                  window=4, seed=5)
-    assert set(others) == set(train.FIXED)
-    for name, value in others.items():
-        flag = "--" + name.replace("_", "-")
-        code, _, err = call(train, "--resume", "more", flag, value)
-        assert code == 2 and f"{flag}: more was trained with" in err
-    assert result("more") == result(WHOLE)
-    assert call(train, "--resume", "more", "--steps", 4)[0] == 0
-    metrics = lines("more/metrics.jsonl")
-    assert [m["step"] for m in metrics] == [1, 2, 3, 4]
-    assert metrics[:3] == lines(f"{WHOLE}/metrics.jsonl")
-
-def test_load_run_gives_what_was_trained():
-    model, encoder, tokenizer, config = load_run(WHOLE)
-    for name, tensor in read_safetensors(f"{WHOLE}/adapter.safetensors").items():
+def test_load_run_gives_model_encoder_tokenizer_and_config():
+    model, encoder, tokenizer, config = load_run("run")
+    for name, tensor in read_safetensors("run/adapter.safetensors").items():
         assert torch.equal(encoder.tensors()[name], tensor)
-    assert config["window"] == 8 and tokenizer.decode(tokenizer.encode("12=Answer:7")) == "12=Answer:7"
-    response = rollout.generate(model, encoder, [tokenizer.prompt("12=")], max_new_tokens=4)
-    assert response.texts(tokenizer)[0] != ""
+    assert tokenizer.decode(tokenizer.encode("12=Answer:7")) == "12=Answer:7"
+    assert config["window"] == 8 and model.config.dim == 96
 
 def test_the_preset_follows_the_model():
     assert (Config().preset, Config().window, Config().lr) == ("tiny", 16, 1e-3)
@@ -172,35 +144,31 @@ def test_the_preset_follows_the_model():
     with pytest.raises(TypeError, match="windw"):
         Config(windw=8)
 
-def test_a_run_without_any_spread_says_why(monkeypatch):
+def test_a_step_without_any_spread_says_why(monkeypatch):
     monkeypatch.setattr(train.Tally, "reward", lambda *_: 0.0)
-    code, _, err = run(steps=1, out="equal")
+    _, _, err = run(steps=1, out="equal")
     metrics = lines("equal/metrics.jsonl")[0]
-    assert code == 0 and metrics["spread"] == metrics["grad_norm"] == 0
-    assert "step 1: all rewards of each group are equal" in err
+    assert metrics["spread"] == 0 and "step 1: all rewards of each group are equal" in err
     assert f"{metrics['truncated']:.0%} of the responses were cut off" in err
     assert f"found in {metrics['answer_found']:.0%}" in err
 
-@pytest.mark.parametrize("wrong, words, skipped", [
-    (0.1, "step 2: logp_gap 0.1", [0, 0, 0]),
+@pytest.mark.parametrize("error, words, skipped", [
+    (0.1, "step 2: logp_gap 0.1 is more than rounding", [0, 0, 0]),
     (float("nan"), "step 2: the gradient is not finite, no update", [0, 1, 0])])
-def test_an_unhealthy_step_is_reported(wrong, words, skipped, monkeypatch):
-    """In step 2 the rollout reports other log-probs than it has drawn with."""
-    calls = []
-
+def test_an_unhealthy_step_is_reported(error, words, skipped, monkeypatch):
+    """In step 2 the rollout reports other log-probs than those it has drawn with."""
     def generate(*arguments, **settings):
-        found = rollout.generate(*arguments, **settings)
-        calls.append(found)
-        if len(calls) == 2:
-            found.logps += wrong
-        return found
+        rollouts.append(rollout.generate(*arguments, **settings))
+        if len(rollouts) == 2:
+            rollouts[1].logps += error
+        return rollouts[-1]
 
+    rollouts = []
     monkeypatch.setattr(train, "generate", generate)
-    code, _, err = run(out=f"wrong-{wrong}")
-    assert code == 0 and words in err and "step 1: " not in err and "step 3: " not in err
-    assert [m["skipped"] for m in lines(f"wrong-{wrong}/metrics.jsonl")] == skipped
-    assert result(f"wrong-{wrong}")[2] != result(WHOLE)[2]
-    for tensor in read_safetensors(f"wrong-{wrong}/adapter.safetensors").values():
+    _, _, err = run(out=f"off-{error}")
+    assert words in err and "step 1: " not in err and "step 3: " not in err
+    assert [metrics["skipped"] for metrics in lines(f"off-{error}/metrics.jsonl")] == skipped
+    for tensor in read_safetensors(f"off-{error}/adapter.safetensors").values():
         assert tensor.isfinite().all()
 
 def test_out_of_memory_names_the_flags_to_lower(monkeypatch):
@@ -208,41 +176,100 @@ def test_out_of_memory_names_the_flags_to_lower(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(train, "generate", generate)
     code, _, err = run(out="large")
-    assert code == 2 and err.splitlines()[-1].startswith("train.py: out of memory: lower --micro-b")
+    assert code == 2 and err.startswith("train.py: out of memory: lower --micro-batch")
 
 def test_wandb_gets_what_metrics_jsonl_gets(monkeypatch):
     logged = []
-    began = {}
-    stand_in = SimpleNamespace(init=lambda **settings: began.update(settings),
+    stand_in = SimpleNamespace(__spec__="any", init=lambda project, name, config: None,
                                log=lambda metrics, step: logged.append(metrics))
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
-    assert run(steps=2, out="logged", wandb=True)[0] == 0
-    assert logged == lines("logged/metrics.jsonl") and began["config"]["window"] == 8
-
-def test_a_lora_has_the_names_and_shapes_of_peft(lora):
-    sizes = {"self_attn.q_proj": (96, 96), "self_attn.k_proj": (96, 48), "self_attn.v_proj": (96, 48),
-             "self_attn.o_proj": (96, 96), "mlp.gate_proj": (96, 256), "mlp.up_proj": (96, 256),
-             "mlp.down_proj": (256, 96)}
-    wanted = {}
-    for layer in range(3):
-        for name, (n_in, n_out) in sizes.items():
-            place = f"base_model.model.model.layers.{layer}.{name}"
-            wanted[f"{place}.lora_A.weight"] = (4, n_in)
-            wanted[f"{place}.lora_B.weight"] = (n_out, 4)
-    saved = read_safetensors(f"{lora}/adapter_model.safetensors")
-    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == wanted
-    config = json.loads(Path(lora, "adapter_config.json").read_text())
-    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 10)
+    yielded = [*train.train(Config(**TINY, out="logged", wandb=True))]
+    assert yielded == logged == lines("logged/metrics.jsonl")
 
 def test_a_merged_lora_is_a_model_of_its_own(lora):
-    assert call(train, "--merge", lora, "--out", "merged")[0] == 0
-    torch.testing.assert_close(logits("merged"), logits_of_run(lora), atol=1e-4, rtol=1e-4)
-    assert (logits("merged") - logits(f"{lora}/base")).abs().max() > 0.1
-    assert call(rollout, "--model", "merged", "--prompt", "12=", "--max-new-tokens", 3)[0] == 0
+    merged = Transformer.from_folder("merged")(IDS)
+    torch.testing.assert_close(merged, logits("lora"), atol=1e-4, rtol=1e-4)
+    assert (merged - Transformer.from_folder("lora/base")(IDS)).abs().max() > 0.1
+
+def test_a_lora_has_the_names_and_shapes_that_peft_gives_it(lora):
+    wanted = {}
+    for name, weight in read_safetensors("lora/base/model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            n_out, n_in = weight.shape
+            place = "base_model.model." + name.removesuffix("weight")
+            wanted |= {place + "lora_A.weight": (4, n_in), place + "lora_B.weight": (n_out, 4)}
+    saved = read_safetensors("lora/adapter_model.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == wanted
 
 def test_peft_reads_a_lora(lora):
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
-    base = transformers.AutoModelForCausalLM.from_pretrained(f"{lora}/base", dtype=torch.float32)
-    theirs = peft.PeftModel.from_pretrained(base, lora)(IDS).logits
-    torch.testing.assert_close(theirs, logits_of_run(lora), atol=1e-4, rtol=1e-4)
+    base = transformers.AutoModelForCausalLM.from_pretrained("lora/base", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, "lora")(IDS).logits
+    torch.testing.assert_close(theirs, logits("lora"), atol=1e-4, rtol=1e-4)
+
+# ------------------------------------------------------------------------------- people's mistakes
+
+FILE = "--out new --model run/base --data "
+MODEL = "--out new --data letters.jsonl --model "
+ASK = "--prompt 12= "
+MISTAKES = [                                # script, its command line, words of its one line
+    (train, "--bogus 1", "--bogus --help"),
+    (train, "--steps two", "--steps 'two'"),
+    (train, "--window 10", "--window 10 divides"),
+    (train, "--micro-batch 0", "--micro-batch 0"),
+    (train, "--seed -1", "--seed"),
+    (train, "--adapter lora --rank 4", "--rank 4 --global-tokens 4"),
+    (train, "--device cuda", "--device cuda"),
+    (train, "--wandb", "--wandb pip install wandb"),
+    (train, "--out run", "run exists --resume run"),
+    (train, "--resume nowhere", "nowhere/config.json"),
+    (train, "--resume run/base", "run/base/config.json train.py"),
+    (train, "--resume run --window 4", "--window run 8"),
+    (train, "--resume run --adapter lora", "--adapter run pte"),
+    (train, "--resume broken", "broken/checkpoint.pt: damaged"),
+    (train, "--merge run --out new", "run --adapter pte"),
+    (train, "--merge lora", "lora --out DIR"),
+    (train, "--model run/base", "run/base tally JSONL"),
+    (train, MODEL + "nowhere", "nowhere"),
+    (train, MODEL + "short", "short/model.safetensors: cut short"),
+    (train, MODEL + "gpt2", "gpt2/config.json 'gpt2'"),
+    (train, FILE + "nowhere.jsonl", "nowhere.jsonl"),
+    (train, FILE + "empty.jsonl", "empty.jsonl no problems"),
+    (train, FILE + "cut.jsonl", "cut.jsonl 1 'problem' 'answer'"),
+    (train, FILE + "letters.jsonl", "prompt"),
+    (rollout, ASK, "--model --run"),
+    (rollout, "--run run", "--prompt"),
+    (rollout, ASK + "--run run --window 3", "--window 3"),
+    (rollout, ASK + "--run broken", "broken/adapter.safetensors"),
+    (evaluate, "--runs run", "--data"),
+    (evaluate, "--runs run --data aime26", "aime26"),
+    (evaluate, "--runs run --data letters.jsonl --json letters.jsonl", "letters.jsonl")]
+
+@pytest.fixture(scope="module")
+def damaged(lora):
+    """Damaged copies of the run and of its base; files of problems that cannot be used."""
+    copytree("run", "broken")
+    copytree("run/base", "short")
+    copytree("run/base", "gpt2")
+    for path in (Path("broken/checkpoint.pt"), Path("short/model.safetensors")):
+        path.write_bytes(path.read_bytes()[:-99])
+    Path("broken/adapter.safetensors").unlink()
+    write_json("gpt2/config.json", {"model_type": "gpt2"})
+    texts = {"empty": "\n", "cut": '{"problem": "12', "letters": '{"problem": "abc", "answer": 1}'}
+    for name, text in texts.items():
+        Path(f"{name}.jsonl").write_text(text)
+
+def listing():
+    return {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
+
+@pytest.mark.parametrize("script, line, words", MISTAKES, ids=lambda x: getattr(x, "__name__", x))
+def test_a_mistake_is_answered_in_one_line(script, line, words, damaged, monkeypatch):
+    """Exit code 2, one line on stderr that names the thing, and no file is written or changed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "wandb", None)                     # not installed
+    before = listing()
+    code, out, err = call(script, *line.split())
+    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith(script.__name__)
+    assert all(word in err for word in words.split()), err
+    assert listing() == before
