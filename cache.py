@@ -138,7 +138,7 @@ class SlidingCache:
 
         Another rule goes here. The replay evicts through this method too, so it follows the rule if
         that depends on nothing but the number of response tokens, n_tokens - P (a random rule: use
-        it as the seed)."""
+        it as the seed; then all rows and steps share one pattern)."""
         oldest_first = self.token_at[self.P:].argsort()
         return self.P + oldest_first[:self.E]
 

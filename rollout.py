@@ -218,7 +218,7 @@ def parse_args():
     add("--raw", action="store_true", help="take the prompt as it is, without the chat format")
     add("--window", type=int, help="W, response tokens kept, 0: all; default: the run's, else 0")
     add("--evict-ratio", type=float, help="share of W that leaves at once; default: 0.25")
-    add("--max-new-tokens", type=int, default=256, help="longest response, in tokens")
+    add("--max-new-tokens", type=int, help="longest response; default: the run's, else 256")
     add("--temperature", type=float, default=0.7, help="of sampling; 0: the most likely token")
     add("--seed", type=int, default=0, help="makes a response repeatable")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
@@ -228,18 +228,19 @@ def parse_args():
 
 def main():
     args = parse_args()
-    if args.max_new_tokens < 1 or args.temperature < 0:
-        raise UserError("--max-new-tokens must be 1 or more, --temperature 0 or more")
     if args.run:
         model, encoder, tokenizer, config = load_run(args.run, args.model, args.device, args.dtype)
     elif args.model:
         model, tokenizer = load_model(args.model, args.device, args.dtype)
         encoder = None
-        config = {"window": 0, "evict_ratio": 0.25}
+        config = {"window": 0, "evict_ratio": 0.25, "max_new_tokens": 256}
     else:
         raise UserError("give --model DIR (a model folder) or --run RUN (a run of train.py)")
     window = config["window"] if args.window is None else args.window
     evict_ratio = config["evict_ratio"] if args.evict_ratio is None else args.evict_ratio
+    max_new_tokens = args.max_new_tokens or config["max_new_tokens"]
+    if max_new_tokens < 1 or args.temperature < 0:
+        raise UserError("--max-new-tokens must be 1 or more, --temperature 0 or more")
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span tokens
 
     def show(ids, evicting):
@@ -251,12 +252,12 @@ def main():
     start = time.time()
     rollout = generate(
         model, encoder, [tokenizer.prompt(args.prompt, args.raw)], window=window,
-        evict_ratio=evict_ratio, max_new_tokens=args.max_new_tokens, temperature=args.temperature,
+        evict_ratio=evict_ratio, max_new_tokens=max_new_tokens, temperature=args.temperature,
         seeds=[args.seed], on_token=show)
     print(decoder.decode(b"", final=True), flush=True)
     n_tokens = rollout.lengths[0].item()
     print(f"{n_tokens} tokens, {n_tokens / (time.time() - start):.1f} tokens/s, "
-          f"{rollout.n_evictions()[0].item()} evictions, cache {rollout.cache_mb:.1f} MB",
+          f"{rollout.n_evictions()[0].item()} evictions, cache {rollout.cache_mb:.3f} MB",
           file=sys.stderr)
 
 if __name__ == "__main__":

@@ -103,8 +103,10 @@ class Config:
         eviction_size(self.window, self.evict_ratio)
         for name in ("rank", "global_tokens", "max_new_tokens", "prompts", "group_size", "steps",
                      "micro_batch", "inner_epochs", "base_steps", "sample_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: give 1 or more")
+            least = 2 if name == "group_size" else 1
+            if getattr(self, name) < least:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small; "
+                                f"give {least} or more")
         if min(self.seed, self.test_problems) < 0:
             raise UserError("--seed and --test-problems: give 0 or more")
         if self.wandb and not find_spec("wandb"):
@@ -142,9 +144,11 @@ class Tally:
     every digit and the running sum mod 10, `;` after each list; then `Answer:` and the K sums.
 
     Under a window of 16 the first of two sums has left the cache when it is asked for: a model that
-    has not kept it can only guess, 1 in 10. Another task is another class with these names."""
+    has not kept it can only guess, 1 in 10. Another task is a class with these names (or a subclass
+    that overrides some), added to TASKS. Its problems of one K must have equally many tokens."""
     characters = "0123456789,=;"                            # the vocabulary of the base model
     counts = (1, 2, 3)                                      # K: the base model learns all of them
+    train_counts = (2, 2, 2, 1)                             # K of the steps of GRPO, in turn
 
     def problem(self, K, rng):
         lists = rng.integers(0, 10, (K, 6))                                     # (K, 6)
@@ -157,9 +161,10 @@ class Tally:
         return {"problem": question, "walks": walks, "answer": answer, "exact": True, "K": K}
 
     def batch(self, step, n, seed):
-        """The n problems of a step. Every fourth step has one list, the others have two."""
+        """The n problems of a step, a function of seed and step."""
         rng = np.random.default_rng([seed, 1, step])
-        return [self.problem(1 if step % 4 == 3 else 2, rng) for _ in range(n)]
+        K = self.train_counts[step % len(self.train_counts)]
+        return [self.problem(K, rng) for _ in range(n)]
 
     def gold(self, problem):
         """The response that the base model learns, in parts that `history_mask` may hide."""
@@ -194,7 +199,8 @@ def make_base(folder, task, config, device):
     In some steps the first lists are hidden from all that follows them. So the model learns to
     guess evenly where it cannot know, and GRPO finds lucky guesses to reward. It learns nothing
     about carrying what is hidden."""
-    made_for = [config.base_steps, *task.gold(task.problem(2, np.random.default_rng(0)))]
+    example = task.gold(task.problem(max(task.counts), np.random.default_rng(0)))
+    made_for = [config.base_steps, task.characters, list(task.counts), *example]
     if folder.exists() and read_json(folder / "config.json", {}).get("made_for") == made_for:
         return
     shutil.rmtree(folder, ignore_errors=True)               # made for another task, or not complete
@@ -218,6 +224,7 @@ def make_base(folder, task, config, device):
         stop = start + len(tokenizer.encode("".join(parts[:n_hidden])))
         texts = [problem["problem"] + "".join(task.gold(problem)) for problem in problems]
         ids = [tokenizer.encode(text) + [raw["eos_token_id"]] for text in texts]
+        assert tokenizer.decode(ids[0][:-1]) == texts[0], "the task's characters lack some of these"
         ids = torch.tensor(ids, device=device)                              # (128, T + 1)
         T = ids.shape[1] - 1
         positions = torch.arange(T, device=device)[None]                    # (1, T)
@@ -312,7 +319,8 @@ def warn_if_unhealthy(metrics, dtype):
         log(f"{step}: the gradient is not finite, no update; if that goes on, lower --lr")
     if not metrics["logp_gap"] <= (1e-3 if dtype == torch.float32 else 0.5):
         log(f"{step}: logp_gap {metrics['logp_gap']:.2g} is more than rounding. The replay does "
-            "not see what the rollout saw, and nothing that is learned can be trusted")
+            "not see what the rollout saw (does an eviction rule or the encoder draw random "
+            "numbers of its own?), and nothing that is learned can be trusted")
     if metrics["spread"] == 0 and metrics["accuracy"] < 0.9:
         log(f"{step}: all rewards of each group are equal, so nothing can be learned from them; "
             f"{metrics['truncated']:.0%} of the responses were cut off at --max-new-tokens, an "
@@ -336,7 +344,8 @@ def train(config):
     waiting = torch.zeros((), device=device)
     all_reduce(waiting)                                     # all have seen that --out is free
     if config.model == "tiny" and rank == 0 and not (out / "base").exists():
-        base = Path(f"runs/tiny-base-{config.seed}")
+        task_name = "tiny" if config.data == "tally" else config.data
+        base = Path(f"runs/{task_name}-base-{config.seed}")
         make_base(base, task, config, device)
         shutil.copytree(base, out / "base")                 # so that a run can be moved
     all_reduce(waiting)
@@ -439,9 +448,10 @@ def print_table(config):
                   batch=config.test_problems, device=config.device, dtype=config.dtype,
                   json_path=out / "table.json", grader="builtin"))
     rows = read_json(out / "table.json")["rows"]
-    found = [row["scores"][f"{config.data}-2"]["accuracy"][0] for row in rows
+    K = max(task.train_counts)
+    found = [row["scores"][f"{config.data}-{K}"]["accuracy"][0] for row in rows
              if row["window"] == config.window]
-    print(f"K = 2 under a window of {config.window}: {found[0]:.0%} before, {found[-1]:.0%} after")
+    print(f"K = {K} with a window of {config.window}: {found[0]:.0%} before, {found[-1]:.0%} after")
 
 def main():
     config = parse_args()

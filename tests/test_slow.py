@@ -17,36 +17,37 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from conftest import call
 from encoder import load_run
 from evaluate import load_problems
 from model import Tokenizer, Transformer, UserError, read_safetensors
-from train import load_checkpoint
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 CLOCK = ("seconds", "tokens_per_second", "peak_memory_mb")
-TINY = ("--out run --steps 12 --save-every 2 --prompts 2 --group-size 4 --window 8 --device cpu "
+TINY = ("--out run --steps 8 --save-every 2 --prompts 2 --group-size 4 --window 8 --device cpu "
         "--evict-ratio 0.5 --max-new-tokens 20 --base-steps 2 --test-problems 0").split()
 # train.py with rewards that differ even though nothing is right: a response is paid for its length.
 PAID = "train.Tally.reward = lambda self, problem, text, n_tokens, ended: n_tokens / 20\n"
-# SGD: AdamW's first step has the size 1 whatever the gradient is, so rounding would decide its sign.
+# AdamW's first step has the size lr however small a gradient is: rounding would decide its sign.
 SGD = "train.torch.optim.AdamW = lambda p, **_: train.torch.optim.SGD(p)\n"
 
 def start(folder, flags, threads=1, patch="", launcher=()):
     """Starts train.py in a folder, in a process of its own."""
-    script = folder / "train.py"                                # the name that error messages have
+    script = folder / "train.py"
     script.write_text(f"import sys\nsys.path[0] = {str(ROOT)!r}\nimport train\n{PAID}{patch}"
                       "train.run_script(train.main)\n")
     return subprocess.Popen([sys.executable, *launcher, str(script), *flags], cwd=folder, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                            env=os.environ | {"OMP_NUM_THREADS": str(threads),
+                                              "OMP_WAIT_POLICY": "passive"},    # for a busy machine
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 def finish(process):
-    """Waits for its end, which must be a good one -> what it wrote to stderr."""
-    error = process.communicate(timeout=300)[1]
-    assert process.returncode == 0, error
-    return error
+    """Waits for the process, which must end well -> what it has printed."""
+    printed = "".join(process.communicate(timeout=300))
+    assert process.returncode == 0, printed
+    return printed
 
 def result(run):
     """What a run has led to, without what tells the time."""
@@ -57,8 +58,8 @@ def result(run):
     return metrics, (run / "samples.jsonl").read_text(), adapter
 
 def kill_test(folder, threads, kills, seed=0):
-    """Kills a run again and again, at a random moment or while it saves, and resumes it. Whenever it
-    comes to its end, that is the end of an undisturbed run. Returns (kills, those while saving)."""
+    """Kills a run again and again, at a random moment or while it saves, and resumes it. Whenever
+    it is finished, its result must be an undisturbed run's. Returns (kills, those while saving)."""
     calm = folder / "calm"
     killed = folder / "killed"
     calm.mkdir(parents=True)
@@ -87,14 +88,14 @@ def kill_test(folder, threads, kills, seed=0):
             process.kill()
             n_kills += 1
             n_saving += saving
-        error = process.communicate()[1]
-        assert process.returncode in (0, -signal.SIGKILL), error
+        printed = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), printed
         done = process.returncode == 0
         if done:
             assert result(run) == result(calm / "run"), f"another end after {n_kills} kills"
     return n_kills, n_saving
 
-@pytest.mark.parametrize("threads, kills", [(1, 5), (2, 5), (2, 0)])
+@pytest.mark.parametrize("threads, kills", [(1, 4), (2, 4), (2, 0)])
 def test_a_killed_run_ends_as_an_undisturbed_one(threads, kills, tmp_path):
     assert kill_test(tmp_path, threads, kills)[0] == kills
 
@@ -104,11 +105,11 @@ def test_ctrl_c_ends_the_step_and_says_how_to_go_on(tmp_path):
     while process.poll() is None and not (metrics.exists() and metrics.read_text()):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    assert "of 12; go on with: python train.py --resume run" in finish(process)
+    assert "of 8; go on with: python train.py --resume run" in finish(process)
     n_steps = len(metrics.read_text().splitlines())
-    assert torch.load(tmp_path / "run" / "checkpoint.pt")["step"] == n_steps < 12
+    assert torch.load(tmp_path / "run" / "checkpoint.pt")["step"] == n_steps < 8
     finish(start(tmp_path, ["--resume", "run"]))
-    assert len(metrics.read_text().splitlines()) == 12
+    assert len(metrics.read_text().splitlines()) == 8
 
 def test_two_processes_have_the_gradient_of_one(tmp_path):
     """The same global batch, so the same two steps up to rounding."""
@@ -123,15 +124,15 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
         results.append(read_safetensors(folder / "run" / "adapter.safetensors"))
     metrics, adapter, metrics_of_two, adapter_of_two = results
     for one, two in zip(metrics, metrics_of_two, strict=True):
-        del one["logp_gap"], two["logp_gap"]                    # of a process, and nothing but rounding
+        del one["logp_gap"], two["logp_gap"]                    # is nothing but rounding
         assert two == pytest.approx(one, rel=1e-4)
     for name, tensor in adapter.items():
         assert (adapter_of_two[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
 
 # ----------------------------------------------------------------------------------- damaged files
 
-VALUES = (None, True, -1, 0, 7, 2 ** 31, 10 ** 30, 0.5, float("nan"), "", "x" * 5000, "\ud800", [], {},
-          [[]], {"": None}, "F32", "(a+)+$", {"type": "Split"}, "{{ 9 ** 9 ** 9 }}")
+VALUES = (None, True, -1, 0, 7, 2 ** 31, 10 ** 30, 0.5, float("nan"), "", "x" * 5000, "\ud800",
+          [], {}, [[]], {"": None}, "F32", "(a+)+$", {"type": "Split"}, "{{ 9 ** 9 ** 9 }}")
 
 def damage_bytes(data, rng):
     """Cuts out, overwrites or repeats some bytes."""
@@ -161,7 +162,7 @@ def damage_header(data, rng):
 
 def use_checkpoint(run):
     _, encoder, _, _ = load_run(run)
-    load_checkpoint(run, encoder, torch.optim.AdamW(encoder.trainable_parameters()))
+    train.load_checkpoint(run, encoder, torch.optim.AdamW(encoder.trainable_parameters()))
 
 TARGETS = {                             # a file, how else to damage it, what then reads it
     "base/tokenizer.json": (damage_json, lambda run: Tokenizer.from_folder(run / "base")),
@@ -174,7 +175,6 @@ TARGETS = {                             # a file, how else to damage it, what th
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_damaged_file_works_or_is_refused_in_one_line(target, tmp_path, monkeypatch):
-    import train
     monkeypatch.chdir(tmp_path)
     assert call(train, *TINY, "--steps", 1)[0] == 0
     Path("run/problem.jsonl").write_text('{"problem": "1 + 1?", "answer": 2, "exact": true}')
@@ -205,5 +205,5 @@ if __name__ == "__main__":
     n_threads = int(os.environ.get("OMP_NUM_THREADS", 1))
     with tempfile.TemporaryDirectory() as place:
         found = kill_test(Path(place), n_threads, args.kills, args.seed)
-    print(f"{found[0]} kills, {found[1]} of them while saving, {n_threads} threads: every run ended "
-          "as the undisturbed one did")
+    print(f"{n_threads} threads, {found[0]} kills, {found[1]} of them while saving: "
+          "each run ended as the undisturbed one did")
