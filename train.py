@@ -15,6 +15,7 @@ In a notebook:  from train import Config, train
                 for metrics in train(Config(steps=20)): print(metrics["reward"])
 """
 import argparse
+import atexit
 import json
 import os
 import shutil
@@ -79,7 +80,7 @@ class Config:
     clip_high: float = flag(0.28, "and above 1 + this")
     kl_coef: float = flag(0.0, "weight of the KL to the base model with its full cache")
     loss: str = flag("grpo", "dr_grpo: no std, constant length", ("grpo", "dr_grpo"))
-    base_steps: int = flag(400, "tiny: supervised steps that make the base model")
+    base_steps: int = flag(350, "tiny: supervised steps that make the base model")
     test_problems: int = flag(500, "tiny: problems of each K in the final table; 0: no table")
     sample_every: int = flag(20, "steps between samples in samples.jsonl")
     save_every: int = flag(20, "steps between checkpoints")
@@ -175,12 +176,14 @@ class Tally:
 
 TASKS = {"tally": Tally}
 
-def history_mask(T, start, stop, device):
-    """Causal attention mask (T, T) that also hides tokens start ... stop - 1 from later ones."""
-    keys = torch.arange(T, device=device)                                       # (T,)
+def history_mask(T, start, stop):
+    """Causal attention mask (B, 1, T, T) that also hides tokens start ... stop - 1 of each row from
+    all later ones. start: an integer, stop (B,)."""
+    keys = torch.arange(T, device=stop.device)                                  # (T,)
     queries = keys[:, None]                                                     # (T, 1)
-    hidden = (keys >= start) & (keys < stop) & (queries >= stop)                # (T, T)
-    return (keys <= queries) & ~hidden
+    stop = stop[:, None, None]                                                  # (B, 1, 1)
+    hidden = (keys >= start) & (keys < stop) & (queries >= stop)                # (B, T, T)
+    return ((keys <= queries) & ~hidden)[:, None]
 
 def write_tiny_tokenizer(folder, characters):
     """tokenizer.json: an id for each character, then `Answer:` and the special `<|end|>`."""
@@ -192,13 +195,32 @@ def write_tiny_tokenizer(folder, characters):
         "added_tokens": added, "pre_tokenizer": byte_level, "decoder": byte_level,
         "model": {"type": "BPE", "vocab": vocab, "merges": []}})
 
+def base_loss(model, tokenizer, task, problems, rng):
+    """Cross-entropy of the gold responses, summed, and their number of tokens.
+
+    In some rows the first lists are hidden from all that follows them. So the model learns to guess
+    evenly where it cannot know, and GRPO finds lucky guesses to reward. It learns nothing about
+    carrying what is hidden."""
+    device = model.embedding.weight.device
+    texts = [problem["problem"] + "".join(task.gold(problem)) for problem in problems]
+    ids = [tokenizer.encode(text) + model.config.eos_ids for text in texts]
+    assert tokenizer.decode(ids[0][:-1]) == texts[0], "the task's characters lack some of these"
+    ids = torch.tensor(ids, device=device)                                      # (B, T + 1)
+    start = len(tokenizer.encode(problems[0]["problem"]))                       # alike in all rows
+    ends = [len(tokenizer.encode(part)) for part in task.gold(problems[0])]
+    ends = start + np.cumsum([0, *ends])                                        # of the parts
+    n_hidden = rng.integers(2, size=len(ids)) * rng.integers(max(len(ends) - 2, 1), size=len(ids))
+    T = ids.shape[1] - 1
+    mask = history_mask(T, start, torch.tensor(ends[n_hidden], device=device))
+    positions = torch.arange(T, device=device)[None]                            # (1, T)
+    hidden = model.layers(ids[:, :-1], positions, mask, None, None)             # (B, T, C)
+    logits = model.logits(hidden[:, start - 1:])                              # (B, response, vocab)
+    targets = ids[:, start:].flatten()                                          # (B * response,)
+    return F.cross_entropy(logits.flatten(0, 1), targets, reduction="sum"), len(targets)
+
 def make_base(folder, task, config, device):
     """Trains a Llama of 300,000 weights on gold responses, never under a window. Writes a folder
-    that is read like any other model's; does nothing if it is there already.
-
-    In some steps the first lists are hidden from all that follows them. So the model learns to
-    guess evenly where it cannot know, and GRPO finds lucky guesses to reward. It learns nothing
-    about carrying what is hidden."""
+    that is read like any other model's; does nothing if it is there already."""
     example = task.gold(task.problem(max(task.counts), np.random.default_rng(0)))
     made_for = [config.base_steps, task.characters, list(task.counts), *example]
     if folder.exists() and read_json(folder / "config.json", {}).get("made_for") == made_for:
@@ -214,24 +236,21 @@ def make_base(folder, task, config, device):
                intermediate_size=256, rope_theta=100.0, max_position_embeddings=4096,
                vocab_size=tokenizer.n_ids, eos_token_id=tokenizer.n_ids - 1, made_for=made_for)
     model = Transformer(ModelConfig(raw)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, betas=(0.9, 0.98), weight_decay=0.1)
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1:
+            std = 0.3 if "embedding" in name else weight.shape[1] ** -0.5
+            if "wo." in name or "w_down." in name:
+                std = 0.4 * std                             # residual branches start small
+            torch.nn.init.normal_(weight, std=std)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, betas=(0.9, 0.98), weight_decay=0.5)
     bar = tqdm(range(config.base_steps), desc=f"making {folder}", file=sys.stderr)
     for step in bar:
-        problems = [task.problem(task.counts[step % len(task.counts)], rng) for _ in range(128)]
-        parts = task.gold(problems[0])
-        n_hidden = rng.integers(2) * rng.integers(max(len(parts) - 1, 1))
-        start = len(tokenizer.encode(problems[0]["problem"]))               # alike in all rows
-        stop = start + len(tokenizer.encode("".join(parts[:n_hidden])))
-        texts = [problem["problem"] + "".join(task.gold(problem)) for problem in problems]
-        ids = [tokenizer.encode(text) + [raw["eos_token_id"]] for text in texts]
-        assert tokenizer.decode(ids[0][:-1]) == texts[0], "the task's characters lack some of these"
-        ids = torch.tensor(ids, device=device)                              # (128, T + 1)
-        T = ids.shape[1] - 1
-        positions = torch.arange(T, device=device)[None]                    # (1, T)
-        mask = history_mask(T, start, stop, device)
-        hidden = model.layers(ids[:, :-1], positions, mask, None, None)     # (128, T, C)
-        logits = model.logits(hidden[:, start - 1:])                        # (128, response, vocab)
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, start:].flatten())
+        losses = []
+        draws = rng.choice(task.counts, size=128)
+        for K in task.counts:                               # rows of one K have the same length
+            problems = [task.problem(K, rng) for _ in range(max(sum(draws == K), 1))]
+            losses.append(base_loss(model, tokenizer, task, problems, rng))
+        loss = sum(loss for loss, _ in losses) / sum(n for _, n in losses)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -253,6 +272,7 @@ def init_distributed(device):
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)         # or its threads may abort the exit
     return int(os.environ.get("RANK", 0)), world_size
 
 def all_reduce(tensor):
@@ -326,6 +346,17 @@ def warn_if_unhealthy(metrics, dtype):
             f"{metrics['truncated']:.0%} of the responses were cut off at --max-new-tokens, an "
             f"answer was found in {metrics['answer_found']:.0%}")
 
+def step_metrics(rows, device):
+    """Means over the graded responses of a step."""
+    return {
+        "reward": np.mean([row["reward"] for row in rows]),
+        "accuracy": np.mean([row["correct"] for row in rows]),
+        "answer_found": np.mean([row["prediction"] is not None for row in rows]),
+        "response_tokens": np.mean([row["tokens"] for row in rows]),
+        "truncated": np.mean([row["truncated"] for row in rows]),
+        "evictions": np.mean([row["evictions"] for row in rows]),
+        "peak_memory_mb": peak_memory_mb(device)}
+
 def train(config):
     """A generator: does one step at a time and yields its metrics, a dict, once they are saved.
     If the caller stops early (`break`, or Ctrl-C in the script), a checkpoint is written.
@@ -366,11 +397,14 @@ def train(config):
 
     for step in range(done, config.steps):
         start = time.time()
+        # The problems of this step, and the learning rate: up for `warmup` steps, then down.
         problems = task.batch(step, config.prompts, config.seed)[rank * n:(rank + 1) * n]
         prompts = [tokenizer.prompt(problem_text(tokenizer, p)) for p in problems]
         seed = (config.seed * 1_000_003 + step) * config.prompts + rank * n
         decay = 1 - 0.9 * step / config.steps
-        optimizer.param_groups[0]["lr"] = config.lr * min((step + 1) / max(config.warmup, 1), decay)
+        lr = config.lr * min((step + 1) / max(config.warmup, 1), decay)
+        optimizer.param_groups[0]["lr"] = lr
+        # Sample, reward, update.
         try:
             rollout = generate(
                 model, encoder, prompts, config.group_size, max_new_tokens=config.max_new_tokens,
@@ -384,19 +418,15 @@ def train(config):
         except torch.OutOfMemoryError:
             raise UserError("out of memory: lower --micro-batch, --prompts, --group-size, "
                             "--max-new-tokens or --window") from None
-        metrics["reward"] = np.mean([row["reward"] for row in rows])
-        metrics["accuracy"] = np.mean([row["correct"] for row in rows])
-        metrics["answer_found"] = np.mean([row["prediction"] is not None for row in rows])
-        metrics["response_tokens"] = np.mean([row["tokens"] for row in rows])
-        metrics["truncated"] = np.mean([row["truncated"] for row in rows])
-        metrics["evictions"] = np.mean([row["evictions"] for row in rows])
-        metrics["peak_memory_mb"] = peak_memory_mb(device)
+        # Measure, warn, save.
+        metrics["logp_gap"] *= world_size                       # the sum over processes, as a bound
+        metrics |= step_metrics(rows, device)
         metrics["seconds"] = time.time() - start
         means = torch.tensor(list(metrics.values()), dtype=torch.float64) / world_size
         metrics = dict(zip(metrics, all_reduce(means).tolist()))        # over all processes
         n_tokens = metrics["response_tokens"] * config.prompts * config.group_size
         metrics["tokens_per_second"] = n_tokens / metrics["seconds"]
-        metrics = {"step": step + 1, "K": problems[0].get("K"), **metrics}
+        metrics = {"step": step + 1, "K": problems[0].get("K"), "lr": lr, **metrics}
         warn_if_unhealthy(metrics, model.norm.weight.dtype)
         is_last = step + 1 == config.steps
         if rank == 0:

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import call           # first: it makes the modules importable
 import train
-from conftest import call
 from encoder import load_run
 from evaluate import load_problems
 from model import Tokenizer, Transformer, UserError, read_safetensors
