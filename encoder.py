@@ -152,7 +152,9 @@ def read_config(run):
     config = read_json(Path(run) / "config.json")
     expected = {"model": str, "adapter": str, "memory_update": str, "rank": int, "alpha": float,
                 "global_tokens": int, "window": int, "evict_ratio": float, "max_new_tokens": int}
-    if {name: type(config.get(name)) for name in expected} != expected:
+    fits = {name: type(config.get(name)) for name in expected} == expected
+    fits = fits and config["adapter"] in ADAPTERS and config["memory_update"] in MEMORY_UPDATES
+    if not fits or not 0 < config["rank"] < 10_000 or not 0 < config["global_tokens"] < 10_000:
         raise UserError(f"{run}/config.json is damaged, or not of a run of train.py; give the "
                         "folder that train.py wrote, or train again")
     return config

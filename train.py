@@ -136,7 +136,10 @@ def parse_args():
         if name in given and name in saved and given[name] != saved[name]:
             raise UserError(f"--{name.replace('_', '-')}: {given['resume']} was trained with "
                             f"{saved[name]}, which cannot change; leave the flag out")
-    return Config(**{**saved, **given})
+    try:
+        return Config(**{**saved, **given})
+    except TypeError:                       # a setting that this version does not have
+        raise UserError(f"{given['resume']}: of another version of nanoPTE; train again") from None
 
 # ------------------------------------------------------------------- the tiny world: task and base
 
@@ -288,7 +291,9 @@ def log(text):
 def append(path, records):
     """Adds a line of JSON to a file for each record."""
     with open(path, "a") as file:
-        file.write("".join(json.dumps(record) + "\n" for record in records))
+        for record in records:
+            strict = {name: None if x != x else x for name, x in record.items()}   # JSON has no nan
+            file.write(json.dumps(strict) + "\n")
 
 def free_run_dir(config, world_size):
     """--out, or the next free folder in runs/. Raises UserError if --out is taken."""
@@ -323,13 +328,13 @@ def load_checkpoint(out, encoder, optimizer):
             optimizer.load_state_dict(state["optimizer"])
         for name, tensor in state["adapter"].items():
             encoder.tensors()[name].copy_(tensor)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            with open(out / name, "ab") as file:
+                file.truncate(state["sizes"].get(name, 0))
+        return state["step"]
     except Exception as error:              # a damaged file makes torch.load fail in many ways
         raise UserError(f"{path}: damaged, or of another run ({type(error).__name__}); train again "
                         "with another --out") from None
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        with open(out / name, "ab") as file:
-            file.truncate(state["sizes"].get(name, 0))
-    return state["step"]
 
 # ---------------------------------------------------------------------------------------- the loop
 

@@ -95,7 +95,7 @@ def kill_test(folder, threads, kills, seed=0):
             assert result(run) == result(calm / "run"), f"another end after {n_kills} kills"
     return n_kills, n_saving
 
-@pytest.mark.parametrize("threads, kills", [(1, 4), (2, 4), (2, 0)])
+@pytest.mark.parametrize("threads, kills", [(1, 3), (2, 3), (2, 0)])
 def test_a_killed_run_ends_as_an_undisturbed_one(threads, kills, tmp_path):
     assert kill_test(tmp_path, threads, kills)[0] == kills
 

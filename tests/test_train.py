@@ -22,9 +22,9 @@ from train import Config, load_run
 TINY = dict(prompts=2, group_size=4, window=8, evict_ratio=0.5, max_new_tokens=20, base_steps=2,
             steps=3, save_every=2, sample_every=2, test_problems=0, device="cpu")
 CLOCK = ("seconds", "tokens_per_second", "peak_memory_mb")
-FIELDS = {*CLOCK, "step", "K", "lr", "reward", "accuracy", "answer_found", "response_tokens", "loss",
-          "truncated", "spread", "evictions", "kl", "grad_norm", "logp_gap", "ratio_clipped",
-          "skipped"}
+FIELDS = {*CLOCK, "step", "K", "lr", "reward", "accuracy", "answer_found", "response_tokens",
+          "loss", "truncated", "spread", "evictions", "kl", "grad_norm", "logp_gap",
+          "ratio_clipped", "skipped"}
 IDS = torch.tensor([[5, 2, 7, 1, 11, 3, 0, 9, 12, 13, 4, 4]])
 
 class Largest(train.Tally):
