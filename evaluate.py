@@ -139,8 +139,8 @@ def extract_answer(text):
     return None
 
 SYMBOLS = str.maketrans({
-    "−": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "°": " degree", "∞": r"\infty ",
-    "≤": r"\le ", "≥": r"\ge ", "²": "^2", "³": "^3"})
+    "−": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "°": " degree",
+    "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "²": "^2", "³": "^3"})
 SPELLINGS = (                                                   # pattern, usual spelling
     (r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])\.?|(?<!\\)\\[()\[\]]", ""),
     (r"(?<=[0-9])(?:,\\!\s*|\{,\}|\\,)(?=[0-9]{3}(?![0-9]))", ""),              # 10,\!080  10{,}080

@@ -125,9 +125,11 @@ def parse_args():
     parser = ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
-        how = {"type": f.type, "choices": f.metadata["choices"], "metavar": f.type.__name__.upper()}
+        how = {"type": f.type, "metavar": f.type.__name__.upper()}
         if f.type is bool:
             how = {"action": "store_true"}
+        elif f.metadata["choices"]:                         # --help lists them
+            how = {"type": f.type, "choices": f.metadata["choices"]}
         text = f"{f.metadata['help']} (default: {f.metadata['default']})"
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **how)
     given = vars(parser.parse_args())
