@@ -26,7 +26,9 @@ Left out: softmax or gates in S', a state shared by layers.
 
 Try it:  python train.py     and, to see what the state is worth:  python train.py --adapter lora
 """
+import json
 import shutil
+import time
 from pathlib import Path
 
 import torch
@@ -160,13 +162,28 @@ def read_config(run):
     return config
 
 def base_folder(run, config):
-    """The folder of the model that a run was trained on."""
-    return Path(run) / "base" if config["model"] == "tiny" else model_folder(config["model"])
+    """The folder of the model that a run was trained on. Raises UserError if it is gone."""
+    if config["model"] == "tiny":
+        return Path(run) / "base"
+    if Path(config["model"]).is_absolute() and not Path(config["model"]).exists():
+        raise UserError(f"{run} was trained on {config['model']}, which is gone; give its new "
+                        "place with --model DIR")
+    return model_folder(config["model"])
 
 def attach_by_config(model, config):
     """`attach` with the settings of a run's config (a dict)."""
     names = ("adapter", "rank", "global_tokens", "alpha", "memory_update")
     return attach(model, **{name: config[name] for name in names})
+
+def set_chat_format(tokenizer, config):
+    """Gives the tokenizer a run's system message, date, and arguments of its chat template."""
+    tokenizer.system = config.get("system", "")
+    try:
+        tokenizer.template_args = dict(json.loads(config.get("template_args") or "{}"))
+        date = config.get("date")
+        tokenizer.date = time.strptime(date, "%Y-%m-%d") if date else None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--template-args is a JSON object, --date YYYY-MM-DD: {error}") from None
 
 def save_adapter(run, encoder, config):
     """Writes adapter.safetensors and adapter_config.json into a run's folder; a LoRA also as
@@ -199,14 +216,15 @@ def load_run(run, model="", device="auto", dtype="auto"):
     model: another place of the model that it was trained on. Raises UserError."""
     config = read_config(run)
     loaded, tokenizer = load_model(model or base_folder(run, config), device, dtype)
+    set_chat_format(tokenizer, config)
     encoder = attach_by_config(loaded, config)
     load_adapter(run, encoder)
     return loaded, encoder, tokenizer, config
 
-def merge_adapter(run, out):
+def merge_adapter(run, out, model=""):
     """Writes the model of a LoRA run with the update added to its weights, W + alpha/R * A B, as a
-    model folder `out`. Raises UserError, also for a PTE: its update differs from sequence to
-    sequence, so no fixed weights can hold it."""
+    model folder `out`. model: as in load_run. Raises UserError, also for a PTE: its update differs
+    from sequence to sequence, so no fixed weights can hold it."""
     config = read_config(run)
     if config["adapter"] != "lora":
         raise UserError(f"{run} was trained with --adapter {config['adapter']}: its update depends "
@@ -214,7 +232,7 @@ def merge_adapter(run, out):
     if not out or Path(out).exists():
         raise UserError(f"--merge {run} writes a new folder; give one that does not exist yet "
                         "with --out DIR")
-    folder = base_folder(run, config)
+    folder = model or base_folder(run, config)
     weights = read_folder(folder)
     saved = read_safetensors(Path(run) / "adapter.safetensors")
     for name, B in saved.items():

@@ -11,6 +11,7 @@ pip install "math-verify[antlr4_13_2]". Left out: proofs, code, a model as a jud
 
 Try it:  python evaluate.py --runs RUN --data gsm8k --data-dir ../shared/data --limit 40
 """
+import contextlib
 import hashlib
 import itertools
 import json
@@ -19,6 +20,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from importlib.metadata import version
@@ -30,68 +32,69 @@ import numpy as np
 from tqdm import tqdm
 
 from cache import eviction_size
-from encoder import base_folder, load_run, read_config
+from encoder import base_folder, load_run, read_config, set_chat_format
 from model import ArgumentParser, UserError, load_model, model_folder, run_script, write_json
 from rollout import check_prompts, generate
 
 # ------------------------------------------------------------------------------------ problem sets
 
-# file; id, configuration, split on the hub; samples per problem; relative tolerance of an answer
+# name: (file in --data-dir, samples per problem, relative tolerance of an answer)
 BENCHMARKS = {
-    "math500": ("math500.jsonl", "HuggingFaceH4/MATH-500", None, "test", 1, 0),
-    "olympiadbench": ("olympiadbench.jsonl", "Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train",
-                      1, 0),
-    "minerva": ("minerva_math.jsonl", "math-ai/minervamath", None, "test", 1, 0.01),
-    "amc23": ("amc23.jsonl", "math-ai/amc23", None, "test", 1, 0),
-    "aime24": ("aime24.jsonl", "HuggingFaceH4/aime_2024", None, "train", 16, 0),
-    "aime25": ("aime25.jsonl", "math-ai/aime25", None, "test", 16, 0),
-    "gsm8k": ("gsm8k_test.jsonl", "openai/gsm8k", "main", "test", 1, 0)}
-INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+    "math500": ("math500.jsonl", 1, 0),
+    "olympiadbench": ("olympiadbench.jsonl", 1, 0),
+    "minerva": ("minerva_math.jsonl", 1, 0.01),
+    "amc23": ("amc23.jsonl", 1, 0),
+    "aime24": ("aime24.jsonl", 16, 0),
+    "aime25": ("aime25.jsonl", 16, 0),
+    "gsm8k": ("gsm8k_test.jsonl", 1, 0)}
+INSTRUCTION = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
+NO_ANSWER = ("", "None", "nan", "null", "NaN", "[]")
 
 def load_problems(path, tolerance=0):
     """Reads a JSONL file: one object per line with `problem`, `question` or `prompt`, and `answer`.
-    Returns dicts with "problem" and "answer" as text. Raises UserError."""
+    Returns dicts with "problem", "answer" (texts) and "source" (file and line). A column
+    `tolerance` is the relative tolerance of a number. Raises UserError that names the line."""
     problems = []
-    try:
-        for line in Path(path).read_text(encoding="utf-8-sig").split("\n"):
-            if line.strip():
-                row = json.loads(line)
-                problem = row.get("problem") or row.get("question") or row["prompt"]
-                answer = row.get("answer", row.get("final_answer"))
-                if isinstance(answer, list):                            # OlympiadBench on the hub
-                    answer = ", ".join(answer).replace("$", "")
-                answer = str(answer).rpartition("####")[2].strip()      # GSM8K ends with "#### 72"
-                if not isinstance(problem, str) or answer in ("", "None"):
-                    raise ValueError
-                row |= {"problem": problem, "answer": answer, "tolerance": tolerance}
-                problems.append(row)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise UserError(f"{path}: problem {len(problems) + 1} is not a JSON object with a text "
-                        "'problem' (or 'question', 'prompt') and an 'answer'") from None
+    text = Path(path).read_text("utf-8-sig", errors="replace")
+    for number, line in enumerate(text.split("\n"), start=1):
+        source = f"{path}, line {number}"
+        if line.strip():
+            try:
+                problems.append(read_problem(json.loads(line), tolerance) | {"source": source})
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
+                raise UserError(f"{source}: {error}; each line is a JSON object with a text "
+                                "'problem' (or 'question', 'prompt') and an 'answer'") from None
     if not problems:
         raise UserError(f"{path} holds no problems; give one JSON object per line")
     return problems
 
-def load_data(name, data_dir="data"):
-    """A JSONL file or a benchmark -> (short name, samples per problem, problems). A benchmark that
-    is not in data_dir is fetched from the Hugging Face hub and kept there."""
-    if name not in BENCHMARKS:
-        return Path(name).stem, 1, load_problems(name)
-    file, hub, config, split, n_samples, tolerance = BENCHMARKS[name]
-    path = Path(data_dir, file)
-    if not path.exists():
-        try:
-            from datasets import load_dataset
-            load_dataset(hub, config, split=split).to_json(f"{path}.tmp")
-            Path(f"{path}.tmp").rename(path)
-        except Exception as error:      # the errors of datasets have no common base class
-            raise UserError(f"no {path}, give --data-dir; {hub} was not fetched ({error}); "
-                            "pip install datasets") from None
-    return name, n_samples, load_problems(path, tolerance)
+def read_problem(row, tolerance):
+    """A row of a problem file as the rest of this file needs it. Raises ValueError."""
+    problem = row.get("problem") or row.get("question") or row.get("prompt")
+    answer = row.get("answer", row.get("final_answer"))
+    if isinstance(answer, list):                                    # OlympiadBench on the hub
+        answer = ", ".join(answer).replace("$", "")
+    answer = str(answer).rpartition("####")[2].strip()              # GSM8K ends with "#### 72"
+    if answer.startswith(r"\boxed"):
+        answer = extract_answer(answer) or ""
+    if not isinstance(problem, str) or answer in NO_ANSWER:
+        raise ValueError(f"no text of a problem or no answer in the columns {', '.join(row)}")
+    tolerance = row.get("tolerance", tolerance)
+    if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance {tolerance!r} is not a number from 0 to 1")
+    return row | {"problem": problem, "answer": answer, "tolerance": tolerance}
 
-def problem_text(tokenizer, problem):
-    """The text put to the model; a base model without a chat format gets the bare problem."""
-    return problem["problem"] + INSTRUCTION if tokenizer.template else problem["problem"]
+def problem_ids(tokenizer, problem, template=""):
+    """The prompt of a problem, a list of ids. template: text with {problem} in it; "": asks for a
+    boxed answer, but gives the bare problem to a base model, which has no chat format."""
+    if not template:
+        template = INSTRUCTION if tokenizer.template else "{problem}"
+    return tokenizer.prompt(template.replace("{problem}", problem["problem"]))
+
+def problems_hash(problems):
+    """A short hash of what is asked, wherever the file lies."""
+    texts = [[problem["problem"], problem["answer"]] for problem in problems]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:8]
 
 class ProblemFile:
     """The task of train.py that takes its problems from a JSONL file."""
@@ -343,21 +346,29 @@ def interval(columns, draws=2000):
     mean = np.mean([x.mean() for x in columns])
     return [float(mean), *np.quantile(means, (0.025, 0.975)).tolist()]
 
-# ---------------------------------------------------------------------------------- the evaluation
+# ------------------------------------------------------------------------------- files of results
 
-def find_arms(model, runs):
-    """{run, or model before training: (name of the arm, config of the run or None)}. Runs of the
-    same name are seeds of one arm."""
-    configs = {str(run): read_config(run) for run in runs}
-    bases = [model_folder(model)] if model else [base_folder(*item) for item in configs.items()]
-    arms = {str(base): ("no training", None) for base in bases}
-    for run, config in configs.items():
-        lora = "LoRA_c" if config["window"] else "LoRA"
-        name = {"pte": "PTE", "lora": lora}.get(config["adapter"], config["adapter"])
-        if config["memory_update"] != "paper":
-            name += f" ({config['memory_update']})"
-        arms[run] = name, config
-    return arms
+def append(path, records):
+    """Adds a line of JSON to a file for each record. Raises UserError, as when the disk is full."""
+    try:
+        with open(path, "a") as file:
+            for record in records:
+                strict = {name: None if x != x else x for name, x in record.items()}    # no nan
+                file.write(json.dumps(strict) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; go on after making room") from None
+
+def open_locked(path):
+    """Opens a file that this process alone may add to while it is open. Raises UserError."""
+    file = open(path, "a")
+    with contextlib.suppress(ImportError):                  # Windows has no such module
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{path}: another process is writing to it; stop that one first, or "
+                            "give another name") from None
+    return file
 
 def key(record):
     return tuple(record[name] for name in ("model", "window", "data", "number", "sample"))
@@ -375,12 +386,62 @@ def read_records(path, settings):
         path.write_text(whole)
     return {key(record): record for record in map(json.loads, whole.splitlines()[1:])}
 
-def answer_problems(loaded, common, problems, todo, batch, seed, grader, **sampling):
+# ---------------------------------------------------------------------------------- the evaluation
+
+@dataclass
+class ProblemSet:
+    """A problem set and how it is measured: samples per problem, k of pass@k, temperature."""
+    problems: list
+    n_samples: int
+    k: int
+    temperature: float
+
+    @property
+    def score(self):
+        """The score that the table shows."""
+        return f"pass@{self.k}" if self.k > 1 else "accuracy"
+
+def load_set(name, data_dir, limit, samples, pass_at, temperature):
+    """A JSONL file or the name of a benchmark -> (short name, ProblemSet). Raises UserError."""
+    file, n_samples, tolerance = BENCHMARKS.get(name, (name, 1, 0))
+    path = Path(data_dir, file) if name in BENCHMARKS else Path(name)
+    if not path.is_file():
+        raise UserError(f"no file {path}; give --data FILE.jsonl, or --data-dir DIR and one of "
+                        f"{', '.join(BENCHMARKS)}")
+    k = pass_at or min(n_samples, samples or n_samples)
+    n_samples = samples or n_samples
+    if temperature < 0:
+        temperature = 0.6 if n_samples > 1 else 0.0
+    if k > n_samples or n_samples > 1 and temperature == 0:
+        raise UserError(f"--data {name}: --samples must be at least --pass-at, and several "
+                        "samples need a --temperature above 0")
+    problems = load_problems(path, tolerance)[:limit or None]
+    return Path(name).stem, ProblemSet(problems, n_samples, k, temperature)
+
+def find_arms(model, runs):
+    """{run, or model before training: (name of the arm, config of the run or None)}. Runs of the
+    same name are seeds of one arm."""
+    configs = {str(run): read_config(run) for run in runs}
+    bases = [model_folder(model)] if model else [base_folder(*item) for item in configs.items()]
+    arms = {str(base): ("no training", None) for base in bases}
+    for run, config in configs.items():
+        lora = "LoRA_c" if config["window"] else "LoRA"
+        name = {"pte": "PTE", "lora": lora}.get(config["adapter"], config["adapter"])
+        if config["memory_update"] != "paper":
+            name += f" ({config['memory_update']})"
+        arms[run] = name, config
+    return arms
+
+def problem_prompts(model, tokenizer, problems, template, max_new_tokens):
+    """The prompts of problems. Raises UserError that names the line of one that is too long."""
+    prompts = [problem_ids(tokenizer, problem, template) for problem in problems]
+    check_prompts(model, prompts, max_new_tokens, [problem["source"] for problem in problems])
+    return prompts
+
+def answer_problems(loaded, common, prompts, problems, todo, batch, seed, grader, **sampling):
     """Yields the records of a batch. todo: [(number of the problem, sample)]. common: what stands
     in every record. Each sample has a seed of its own, so it does not depend on the others."""
     model, encoder, tokenizer = loaded
-    prompts = [tokenizer.prompt(problem_text(tokenizer, problem)) for problem in problems]
-    check_prompts(model, prompts, sampling["max_new_tokens"])
     todo = sorted(todo, key=lambda pair: -len(prompts[pair[0]]))            # longest prompts first
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     title = f"{common['arm']}, {common['data']}, window {common['window'] or 'full'}"
@@ -403,28 +464,28 @@ def table_row(arm, window, models, sets, records, grader):
     for name in ("cache_mb", "memory_mb"):
         row[name] = max(record[name] for record in mine)
     shown_columns = []
-    for data, (problems, _, _, k, shown) in sets.items():
+    for data, problem_set in sets.items():
         samples = {}                                            # of one problem and one model
         for record in mine:
             if record["data"] == data:
                 samples.setdefault((record["number"], record["model"]), []).append(record)
-        scores = [problem_scores(samples[pair], k, grader) for pair in sorted(samples)]
+        scores = [problem_scores(samples[pair], problem_set.k, grader) for pair in sorted(samples)]
         row["scores"][data] = {}
         for name in scores[0]:
-            column = np.reshape([score[name] for score in scores], (len(problems), -1)).mean(axis=1)
+            column = np.reshape([score[name] for score in scores], (-1, len(models))).mean(axis=1)
             row["scores"][data][name] = interval([column])
-            if name == shown:
+            if name == problem_set.score:
                 shown_columns.append(column)
     row["average"] = interval(shown_columns)
     return row
 
 def markdown(rows, sets):
     """The table of arms, in %."""
-    titles = [f"{data} {shown}".removesuffix(" accuracy") for data, (*_, shown) in sets.items()]
+    titles = [f"{data} {s.score}".removesuffix(" accuracy") for data, s in sets.items()]
     lines = [["arm", "window", *titles, "average", "cache MB", "memory MB"]]
     lines.append(["---"] * len(lines[0]))
     for row in rows:
-        scores = [row["scores"][data][shown] for data, (*_, shown) in sets.items()]
+        scores = [row["scores"][data][problem_set.score] for data, problem_set in sets.items()]
         cells = []
         for score in [*scores, row["average"]]:
             cells.append("{:.1f} ({:.1f}-{:.1f})".format(*[100 * x for x in score]))
@@ -445,18 +506,17 @@ def draw(rows, path):
     figure.savefig(path)
 
 def compare(model="", runs=(), data=(), *, data_dir="data", limit=0, windows=(), max_new_tokens=0,
-            samples=0, temperature=-1.0, pass_at=0, batch=32, json_path="", plot="", seed=0,
-            dtype="auto", device="auto", evict_ratio=-1.0, grader="auto"):
+            samples=0, temperature=-1.0, pass_at=0, prompt_template="", system="",
+            template_args="", batch=32, json_path="", plot="", seed=0, dtype="auto",
+            device="auto", evict_ratio=-1.0, grader="auto"):
     """Measures all arms on all data under all windows (0, -1, "": see --help). Writes json_path
     and, beside it, a .jsonl with a record per sample. Returns the table in Markdown."""
-    arms = find_arms(model, runs)
-    if not arms or not data:
-        raise UserError("which model, which problems? give --model DIR or --runs RUN, and --data "
-                        f"FILE.jsonl or one of {', '.join(BENCHMARKS)}")
     if plot:
         import matplotlib.pyplot        # if it is missing, fail now and not at the end
-    if batch < 1 or min(limit, max_new_tokens, samples, pass_at, seed) < 0:
-        raise UserError("a number is too small: --batch is at least 1, the others are at least 0")
+    if not (model or runs) or not data or batch < 1 or min(limit, samples, seed) < 0:
+        raise UserError("give --model DIR or --runs RUN, --data FILE.jsonl or one of "
+                        f"{', '.join(BENCHMARKS)}, and no negative number")
+    arms = find_arms(model, runs)
     configs = [config for _, config in arms.values() if config]
     configs = configs or [{"window": 0, "max_new_tokens": 512, "evict_ratio": 0.25}]
     windows = list(windows) or sorted({config["window"] for config in configs})
@@ -464,33 +524,28 @@ def compare(model="", runs=(), data=(), *, data_dir="data", limit=0, windows=(),
     ratio = evict_ratio if evict_ratio >= 0 else configs[0]["evict_ratio"]
     for window in windows:
         eviction_size(window, ratio)
+    chat = {"prompt_template": prompt_template, "system": system, "template_args": template_args}
+    for name in chat:
+        chat[name] = chat[name] or configs[0].get(name, "")
+    sets = dict(load_set(name, data_dir, limit, samples, pass_at, temperature) for name in data)
     grader = "builtin" if LIBRARY is None else grader
     settings = {"grader": f"math-verify {LIBRARY}" if grader == "auto" else "builtin", "seed": seed,
-                "max_new_tokens": max_new_tokens, "evict_ratio": ratio, "dtype": dtype}
-    sets = {}
-    for name in data:
-        name, default_samples, problems = load_data(name, data_dir)
-        problems = problems[:limit or None]
-        n = samples or default_samples
-        k = min(pass_at or default_samples, n)
-        t = temperature if temperature >= 0 else 0.6 * (n > 1)
-        if pass_at > n or n > 1 and t == 0 or name in sets:
-            raise UserError(f"--data {name}: give each set once, at least as many --samples as "
-                            "--pass-at, and several samples a --temperature above 0")
-        sets[name] = problems, n, t, k, f"pass@{k}" if k > 1 else "accuracy"
-        content = hashlib.sha256(json.dumps(problems).encode()).hexdigest()
-        settings[name] = f"{n} samples at {t} of problems {content[:8]}"
+                "max_new_tokens": max_new_tokens, "evict_ratio": ratio, "dtype": dtype, **chat}
+    for name, problem_set in sets.items():
+        settings[name] = [problem_set.n_samples, problem_set.temperature,
+                          problems_hash(problem_set.problems)]
     path = Path(json_path or "runs/eval.json")
     lines_path = path.with_suffix(".jsonl")
     if path.suffix != ".json" or path.exists() and not lines_path.exists():
         raise UserError(f"--json {path}: give a new name that ends in .json")
     path.parent.mkdir(exist_ok=True)                                    # runs/
+    lock = open_locked(lines_path)                                      # until this returns
     records = read_records(lines_path, settings)
     for place, (arm, config) in arms.items():
         loaded = None
         for window, name in itertools.product(windows, sets):
-            problems, n, t, *_ = sets[name]
-            pairs = itertools.product(range(len(problems)), range(n))
+            problems = sets[name].problems
+            pairs = itertools.product(range(len(problems)), range(sets[name].n_samples))
             todo = [pair for pair in pairs if (place, window, name, *pair) not in records]
             if not todo:
                 continue
@@ -499,13 +554,15 @@ def compare(model="", runs=(), data=(), *, data_dir="data", limit=0, windows=(),
             elif not loaded:
                 base, tokenizer = load_model(place, device, dtype)
                 loaded = base, None, tokenizer
+            set_chat_format(loaded[2], chat)
+            prompts = problem_prompts(loaded[0], loaded[2], problems, chat["prompt_template"],
+                                      max_new_tokens)
             common = {"arm": arm, "model": place, "window": window, "data": name}
-            for found in answer_problems(loaded, common, problems, todo, batch, seed, grader,
-                                         max_new_tokens=max_new_tokens, temperature=t,
-                                         evict_ratio=ratio):
+            for found in answer_problems(loaded, common, prompts, problems, todo, batch, seed,
+                                         grader, max_new_tokens=max_new_tokens,
+                                         temperature=sets[name].temperature, evict_ratio=ratio):
                 records |= {key(record): record for record in found}
-                with open(lines_path, "a") as file:
-                    file.write("".join(json.dumps(record) + "\n" for record in found))
+                append(lines_path, found)
     rows = []
     for arm in dict.fromkeys(arm for arm, _ in arms.values()):
         models = [place for place, (name, _) in arms.items() if name == arm]
@@ -531,6 +588,9 @@ def main():
     add("--samples", type=int, default=0, help="responses per problem; 0: 16 for AIME, else 1")
     add("--temperature", type=float, default=-1.0, help="-1: 0.6 for several samples, else 0")
     add("--pass-at", type=int, default=0, help="k of pass@k and maj@k; 0: 16 for AIME, else 1")
+    add("--prompt-template", default="", help="text with {problem} in it; default: as in the runs")
+    add("--system", default="", help="system message of the chat format; default: as in the runs")
+    add("--template-args", default="", help="JSON for the chat template; default: as in the runs")
     add("--batch", type=int, default=32, help="rows that are decoded at a time")
     add("--json", default="", dest="json_path", help="file for the scores; default: runs/eval.json")
     add("--plot", default="", help="FILE.png: accuracy over memory (pip install matplotlib)")

@@ -18,8 +18,8 @@ stay the same, so a response is replayed in segments, each one causal forward pa
     state        S_0       |       S_1       |        S_2         |
 
 A segment reads the keys and values that earlier segments have cached, made under their own states.
-They are never made anew under a newer state: that is why the ratio is exactly 1 before the first
-update (`logp_gap` measures it). They are constants, so each segment has its own backward pass,
+They are never made anew under a newer state: that is why the ratio is 1 before the first update
+(`logp_gap` measures it). They are constants, so each segment has its own backward pass,
 after which its activations are freed.
 
 The gradient of h_g, W_Q, W_K and W_V is nevertheless exact, given these constants. S_j enters its
@@ -33,7 +33,9 @@ What differs from other GRPO code:
    constant length instead, and its advantages have no std.
 2. Rows with advantage 0 count in n_tokens, but are not replayed: their gradient is zero.
 3. With one update per rollout the ratio is 1 and the clip never acts: the loss is REINFORCE with a
-   group baseline. To see the clip act: --inner-epochs 2.
+   group baseline. The replay's own log-probs are then the old ones, because in bfloat16 those of
+   the rollout differ by rounding (logp_gap 0.01 to 0.3). With --inner-epochs 2 the clip acts, and
+   in bfloat16 this rounding is in the ratio.
 
 Left out: a value network, importance weights for a foreign sampler, asynchronous rollouts.
 
@@ -207,6 +209,9 @@ def backward(model, encoder, rollout, advantages, rows, n_tokens, config):
         numbers = torch.arange(columns.start, columns.stop, device=device)      # (t,)
         mask = numbers < rollout.lengths[rows, None]          # (b, t) up to the end token, included
         logps = torch.where(mask, logps, old_logps)      # after the end: ratio 1, whatever is there
+        gaps.append((logps - old_logps).abs().max().detach())
+        if config.inner_epochs == 1:                            # nothing has changed since the
+            old_logps = logps.detach()                          # rollout: the ratio is exactly 1
         loss, clipped = policy_loss(logps, old_logps, advantages[rows, None],
                                     config.clip_low, config.clip_high)
         kl = torch.zeros_like(loss)
@@ -216,7 +221,6 @@ def backward(model, encoder, rollout, advantages, rows, n_tokens, config):
         loss = (loss * mask).sum() / n_tokens
         parts = [loss, (kl * mask).sum(), (clipped & mask).sum(), mask.sum()]
         sums.add_(torch.stack(parts).detach())
-        gaps.append((logps - old_logps).abs().max().detach())
         return loss
 
     replay_and_backward(model, encoder, rollout, rows, token_loss, bool(config.truncate_memory))

@@ -6,9 +6,9 @@ block, for hidden states x (B, T, C):
     h = x + Wo Attention(rope(Wq n), rope(Wk n), Wv n)            n = RMSNorm(x)
     y = h + W_down (silu(W_gate m) * W_up m)                      m = RMSNorm(h)
 
-A `cache` (cache.py) says at which positions tokens stand and what they may look at; `S`, states of
-the thought encoder (encoder.py), change the linear layers. Left out: dropout, mixtures of experts,
-sliding windows inside a layer, rope scalings but Llama 3's, tokenizers but byte-level BPE.
+A `cache` (cache.py) says where tokens stand and what they see; `S`, states of the thought encoder
+(encoder.py), change the linear layers. Left out: dropout, mixtures of experts, sliding windows
+inside a layer, rope scalings but Llama 3's, tokenizers but byte-level BPE.
 
 Try it:  python rollout.py --model DIR --prompt "What is the capital of France?" --temperature 0
 """
@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 import unicodedata
@@ -26,17 +27,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+IMPLEMENTED = {     # what these fields of config.json may hold; None: not there
+    "model_type": ("llama", "qwen2", "qwen3"), "rope_type": ("default", "llama3"),
+    "hidden_act": ("silu", None), "mlp_bias": (False, None), "use_sliding_window": (False, None),
+    "quantization_config": (None,)}
+
 class ModelConfig:
-    """The numbers of config.json under the names used here. ValueError for other models."""
+    """The numbers of config.json under the names used here. UserError for other models."""
     def __init__(self, raw, generation={}):
-        kind = raw["model_type"]
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        activation = raw.get("hidden_act", "silu")
-        others = [name for name in ("mlp_bias", "use_sliding_window") if raw.get(name)]
-        if (kind not in ("llama", "qwen2", "qwen3") or rope_type not in ("default", "llama3")
-                or activation != "silu" or others):
-            raise ValueError(f"model_type {kind!r}, rope {rope_type!r}, {activation!r} {others}")
+        raw = raw | {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
+        for name, values in IMPLEMENTED.items():
+            if raw.get(name) not in values:
+                raise UserError(f"{name} {raw.get(name)!r:.100} is not implemented, only {values}")
+        kind = raw["model_type"]
         self.vocab_size = raw["vocab_size"]
         self.dim = raw["hidden_size"]                                       # C
         self.n_layers = raw["num_hidden_layers"]                            # L
@@ -49,7 +53,7 @@ class ModelConfig:
             raise ValueError(f"sizes {vars(self)}")
         self.rms_eps = raw.get("rms_norm_eps", 1e-6)
         self.rope_theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
-        self.rope_scaling = rope if rope_type == "llama3" else None
+        self.rope_scaling = rope if raw["rope_type"] == "llama3" else None
         self.tied = raw.get("tie_word_embeddings", False)                   # head = embedding
         self.out_bias = raw.get("attention_bias", False) and kind != "qwen2"
         self.qkv_bias = self.out_bias or kind == "qwen2"
@@ -78,9 +82,10 @@ def apply_rope(x, cos, sin):
     rotated = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)  # (B, T, heads, D)
     return rotated.to(x.dtype)
 
-def project(linear, x, S):
-    """linear(x). With an adapter, `linear` is an AdaptedLinear, which S bends (encoder.py)."""
-    return linear(x) if S is None else linear(x, S)
+class Linear(nn.Linear):
+    """W x. An adapter puts an AdaptedLinear in its place, which S changes (encoder.py)."""
+    def forward(self, x, S=None):
+        return super().forward(x)
 
 class Attention(nn.Module):
     """Grouped-query attention: H query heads share KV heads of keys and values."""
@@ -89,10 +94,10 @@ class Attention(nn.Module):
         q_dim = config.n_heads * config.head_dim
         kv_dim = config.n_kv_heads * config.head_dim
         self.head_dim = config.head_dim
-        self.wq = nn.Linear(config.dim, q_dim, bias=config.qkv_bias)
-        self.wk = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
-        self.wv = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
-        self.wo = nn.Linear(q_dim, config.dim, bias=config.out_bias)
+        self.wq = Linear(config.dim, q_dim, bias=config.qkv_bias)
+        self.wk = Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.wv = Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.wo = Linear(q_dim, config.dim, bias=config.out_bias)
         norm = nn.RMSNorm if config.qk_norm else nn.Identity                # Qwen3 norms its heads
         self.q_norm = norm(config.head_dim, eps=config.rms_eps)
         self.k_norm = norm(config.head_dim, eps=config.rms_eps)
@@ -100,9 +105,9 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, cache, layer, S):
         """x (B, T, C) -> (B, T, C). mask: what each query may look at; None: all before it."""
         B, T, _ = x.shape
-        q = project(self.wq, x, S).view(B, T, -1, self.head_dim)            # (B, T, H, D)
-        k = project(self.wk, x, S).view(B, T, -1, self.head_dim)            # (B, T, KV, D)
-        v = project(self.wv, x, S).view(B, T, -1, self.head_dim)            # (B, T, KV, D)
+        q = self.wq(x, S).view(B, T, -1, self.head_dim)                     # (B, T, H, D)
+        k = self.wk(x, S).view(B, T, -1, self.head_dim)                     # (B, T, KV, D)
+        v = self.wv(x, S).view(B, T, -1, self.head_dim)                     # (B, T, KV, D)
         q = apply_rope(self.q_norm(q), *rope).transpose(1, 2)               # (B, H, T, D)
         k = apply_rope(self.k_norm(k), *rope).transpose(1, 2)               # (B, KV, T, D)
         v = v.transpose(1, 2)                                               # (B, KV, T, D)
@@ -111,18 +116,18 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)   # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, -1)                             # (B, T, H*D)
-        return project(self.wo, y, S)                                       # (B, T, C)
+        return self.wo(y, S)                                                # (B, T, C)
 
 class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.w_gate = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.w_up = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.w_down = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.w_gate = Linear(config.dim, config.ffn_dim, bias=False)
+        self.w_up = Linear(config.dim, config.ffn_dim, bias=False)
+        self.w_down = Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x, S):
-        gate = F.silu(project(self.w_gate, x, S))                           # (B, T, ffn_dim)
-        return project(self.w_down, gate * project(self.w_up, x, S), S)     # (B, T, C)
+        y = F.silu(self.w_gate(x, S)) * self.w_up(x, S)                     # (B, T, ffn_dim)
+        return self.w_down(y, S)                                            # (B, T, C)
 
 class Block(nn.Module):
     def __init__(self, config):
@@ -140,10 +145,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        weight = torch.empty(config.vocab_size, config.dim)
-        if not weight.is_meta:
-            weight.normal_()            # as nn.Embedding does, but there it takes 2 s on "meta"
-        self.embedding = nn.Embedding.from_pretrained(weight, freeze=False)
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.rms_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -153,8 +155,7 @@ class Transformer(nn.Module):
 
     def hidden(self, ids, cache=None, S=None):
         """ids (B, T) -> the last layer's hidden states, normed, (B, T, C). S: (L, B or 1, M, R).
-        A cache takes in keys and values and says where the tokens stand and what they see. Without
-        one they stand at 0 ... T-1 and attend causally."""
+        Without a cache the tokens stand at 0 ... T-1 and attend causally."""
         if cache is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]             # (1, T)
             return self.layers(ids, positions, None, None, S)
@@ -173,8 +174,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden):
         """hidden (..., C) -> logits (..., vocab_size), in at least float32."""
-        logits = self.head(hidden)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return self.head(hidden).to(torch.promote_types(hidden.dtype, torch.float32))
 
     def forward(self, ids, cache=None, S=None):
         """ids (B, T) -> logits (B, T, vocab_size)."""
@@ -185,8 +185,8 @@ class Transformer(nn.Module):
         return {hf_name(name): weight.detach() for name, weight in self.named_parameters()}
 
     @classmethod
-    def from_folder(cls, path, dtype=None, device="cpu"):
-        """A model folder -> frozen model. dtype None: bfloat16 on cuda, else float32. UserError."""
+    def from_folder(cls, path, dtype=torch.float32, device="cpu"):
+        """A model folder -> frozen model. Raises UserError."""
         raw = read_json(Path(path, "config.json"))
         generation = read_json(Path(path, "generation_config.json"), default={})
         with reading(Path(path, "config.json")), torch.device("meta"):      # takes no memory
@@ -194,11 +194,16 @@ class Transformer(nn.Module):
         names = {hf_name(name): name for name in model.state_dict()}
         weights = {}
         for name, tensor in read_folder(path).items():
-            tensor = tensor.to(device, dtype or pick_dtype("auto", device), copy=True)
-            weights[names.get(name, name)] = nn.Parameter(tensor)
+            if name in names:
+                weights[names[name]] = nn.Parameter(tensor.to(device, dtype, copy=True))
+            elif not name.endswith("rotary_emb.inv_freq"):                  # in older files
+                raise UserError(f"{path}: the tensor {name!r:.100} is not implemented")
         with reading(path):
             if model.config.tied:                       # the file may hold a second copy, or none
-                weights["head.weight"] = weights["embedding.weight"]
+                embedding = weights["embedding.weight"]
+                if not torch.equal(weights.get("head.weight", embedding), embedding):
+                    raise UserError("lm_head.weight differs from the embedding, but they are tied")
+                weights["head.weight"] = embedding
             model.load_state_dict(weights, assign=True)     # names what is missing or does not fit
         model.frequencies = model.frequencies.to(device)
         return model.requires_grad_(False)
@@ -221,20 +226,19 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def reading(path):
-    """Whatever a missing, damaged or hostile file leads to becomes a UserError that names it."""
+    """An error while a file is read becomes a UserError: what is wrong with it, and the cure."""
     try:
         yield
+    except UserError as error:                              # not implemented
+        raise UserError(f"{path}: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; check the path") from None
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError,
-            ArithmeticError) as error:
-        why = " ".join(str(error).split())[:300]
-        raise UserError(f"{path}: {why}; download it again (or `git lfs pull`) if it is damaged, "
-                        "use another if it is not implemented here") from None
+    except Exception as error:                              # damage shows in many ways
+        raise UserError(f"{path} is damaged ({error!r:.300}); download it again (or `git lfs pull`)")
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yields a binary file that replaces `path` once all of it is on the disk."""
+    """Yields a binary file that replaces `path` once all of it is on the disk. Raises OSError."""
     with open(f"{path}.tmp", "wb") as file:
         yield file
         file.flush()
@@ -256,25 +260,20 @@ def read_safetensors(path):
     """{name: tensor}, views of the mapped file; writing to them never reaches it. Raises UserError.
     In the file: 8 bytes with the length of the header; the header, JSON of {name: {"dtype": "F32",
     "shape": [2, 3], "data_offsets": [0, 24]}}; the tensors' bytes."""
-    with reading(path), open(path, "rb") as file:
-        size = os.path.getsize(path)
-        length = int.from_bytes(file.read(8), "little")
-        if 8 + length > size:
-            raise ValueError("cut short, or a git-lfs pointer")
-        header = json.loads(file.read(length))
+    with reading(path):
+        data = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8)
+        start = 8 + int.from_bytes(bytes(data[:8].tolist()), "little")
+        header = json.loads(data[8:start].numpy().tobytes())
         header.pop("__metadata__", None)
-        data = torch.from_file(str(path), size=size, dtype=torch.uint8)[8 + length:]
         tensors = {}
         for name, entry in header.items():
             first, last = entry["data_offsets"]
-            if last > len(data):
-                raise ValueError("cut short")
-            flat = data[first:last].view(DTYPES[entry["dtype"]])
+            flat = data[start + first:start + last].view(DTYPES[entry["dtype"]])
             tensors[name] = flat.reshape(entry["shape"])        # refuses sizes that do not fit
         return tensors
 
 def write_safetensors(path, tensors):
-    """Writes {name: tensor}, atomically. Raises UserError."""
+    """Writes {name: tensor}, atomically. Raises OSError."""
     kinds = {dtype: kind for kind, dtype in DTYPES.items()}
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))     # aligned
     header = {}
@@ -307,15 +306,14 @@ def model_folder(name):
         from huggingface_hub import snapshot_download
         return snapshot_download(name, allow_patterns=["*.json", "*.jinja", "model*.safetensors"])
     except Exception as error:                              # its errors have no common base
-        raise UserError(f"there is no folder {name}, and the Hugging Face hub (needs pip install "
+        raise UserError(f"there is no folder {name}, and Hugging Face's hub (pip install "
                         f"huggingface_hub) does not give it: {error}") from None
 
 # ------------------------------------------------------------------------------------ the tokenizer
 
 # tokenizer.json writes a token as letters, one for each byte: these bytes, which cannot be printed,
 # as the characters from 256 on ("Ġ" is a space), all others as themselves.
-UNPRINTABLE = [*range(33), *range(127, 161), 173]
-BYTE_OF = {256 + i: byte for i, byte in enumerate(UNPRINTABLE)}
+BYTE_OF = dict(enumerate([*range(33), *range(127, 161), 173], start=256))
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"     # GPT-2's
 GUARD = "\ufdd0"    # not a character: breaks the name of a special token in a user's text
 
@@ -324,14 +322,14 @@ def to_bytes(spelled):
 
 def word_pattern(pre_tokenizer):
     """The regular expression by which a tokenizer cuts text into words; no token crosses them."""
-    match pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
+    match (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer]):
         case [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"}, _]:
             return regex
         case [{"type": "Digits", "individual_digits": True}, {"use_regex": True}]:
             return r"\p{N}|\s+(?=\p{N})|" + WORDS
         case [{"type": "ByteLevel", "use_regex": True}]:
             return WORDS
-    raise ValueError(f"pre_tokenizer {pre_tokenizer}")
+    raise UserError(f"pre_tokenizer {str(pre_tokenizer):.1000} is not implemented")
 
 class Tokenizer:
     """Text to ids and back, as the folder's Hugging Face tokenizer does it (byte-level BPE).
@@ -339,51 +337,57 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, folder):
         """Reads tokenizer.json, tokenizer_config.json and chat_template.jinja. Raises UserError."""
+        spec = read_json(Path(folder, "tokenizer.json"))
+        config = read_json(Path(folder, "tokenizer_config.json"), default={})
         with reading(Path(folder, "tokenizer.json")):
-            return cls(Path(folder))
+            template = Path(folder, "chat_template.jinja")
+            if template.exists():
+                config["chat_template"] = template.read_text("utf-8", errors="replace")
+            return cls(spec, config)
 
-    def __init__(self, folder):
-        spec = read_json(folder / "tokenizer.json")
-        config = read_json(folder / "tokenizer_config.json", default={})
+    def __init__(self, spec, config):
         self.template = config.get("chat_template")
-        if (folder / "chat_template.jinja").exists():
-            self.template = (folder / "chat_template.jinja").read_text("utf-8")
+        self.template_args = {}             # more variables for it, like {"enable_thinking": False}
+        self.system = ""                    # a system message that `prompt` begins with
+        self.date = None                    # today in a template, a time.struct_time; None: today
+        pattern = word_pattern(spec.get("pre_tokenizer"))
         normalizer = spec.get("normalizer")
         if normalizer not in (None, {"type": "NFC"}, {"type": "Sequence", "normalizers": []}):
-            raise ValueError(f"normalizer {normalizer}")
+            raise UserError(f"normalizer {normalizer!r:.200} is not implemented, only NFC")
         self.nfc = normalizer == {"type": "NFC"}
         self.added = {token["content"]: token["id"] for token in spec["added_tokens"]}
         self.special = {token["content"] for token in spec["added_tokens"] if token["special"]}
 
         vocab = spec["model"]["vocab"]                                      # {spelled token: id}
         self.id_of = {to_bytes(token): vocab[token] for token in vocab if token not in self.added}
+        self.lacking = "".join(chr(i) for i in range(32) if bytes([i]) not in self.id_of)
         # tiktoken joins those neighbours whose union has the lowest rank, Hugging Face those that
         # come first in `merges`: so a token's rank is its place there, after the 256 bytes.
-        tokens = [to_bytes("".join(pair).replace(" ", "")) for pair in spec["model"]["merges"]]
+        tokens = [bytes([byte]) for byte in range(256)]
+        tokens += [to_bytes("".join(pair).replace(" ", "")) for pair in spec["model"]["merges"]]
         if spec["model"].get("ignore_merges"):              # Llama 3: a word of vocab stays whole
             tokens += self.id_of
-        ranks = {bytes([byte]): byte for byte in range(256)}
-        for token in tokens:
-            ranks.setdefault(token, len(ranks))
+        ranks = {token: rank for rank, token in enumerate(dict.fromkeys(tokens))}
         names = {name: len(ranks) + i for i, name in enumerate([*self.added, GUARD])}
-        self.bpe = tiktoken.Encoding("bpe", pat_str=word_pattern(spec["pre_tokenizer"]),
-                                     mergeable_ranks=ranks, special_tokens=names)
+        self.bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks,
+                                     special_tokens=names)
         self.id_of |= {name.encode(): i for name, i in self.added.items()}
         self.bytes_of = {i: token for token, i in self.id_of.items()}
         self.n_ids = 1 + max(self.bytes_of)
 
-        self.names = {}                                     # those that chat templates may use
-        for key in ("bos_token", "eos_token"):
-            value = config.get(key)
-            self.names[key] = value["content"] if isinstance(value, dict) else value
-        bos = self.names["bos_token"]
+        tokens = [config.get("bos_token"), config.get("eos_token")]         # names, or in dicts
+        bos, eos = [token["content"] if isinstance(token, dict) else token for token in tokens]
+        self.names = {"bos_token": bos, "eos_token": eos}                   # for chat templates
         self.bos_id = self.added.get(bos)
+        self.eos_id = self.added.get(eos)
         self.adds_bos = config.get("add_bos_token", f"'{bos}'" in str(spec.get("post_processor")))
 
     def encode(self, text, control=False):
         """Ids of a text, without BOS. Special tokens in it stay text, unless `control`."""
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
+        if self.lacking and not control:        # behind a word they do not part what BPE joins
+            text = re.sub(rf"([{self.lacking}]+)((?:[^\w\s]|_)+)", r"\2\1", text)
         names = {*self.added, GUARD} if control else self.added.keys() - self.special
         ranks = self.bpe.encode(text, allowed_special=names, disallowed_special=())
         tokens = self.bpe.decode_tokens_bytes(ranks)
@@ -400,29 +404,29 @@ class Tokenizer:
     def prompt(self, text, raw=False):
         """Ids of a user's message in the chat format; if raw or without a format, of plain text."""
         if self.template and not raw:
-            return self.chat([{"role": "user", "content": text}])
-        bos = [self.bos_id] if self.adds_bos else []
-        return bos + self.encode(text)
+            system = [{"role": "system", "content": self.system}] if self.system else []
+            return self.chat(system + [{"role": "user", "content": text}])
+        return ([self.bos_id] if self.adds_bos else []) + self.encode(text)
 
     def chat(self, messages):
         """Ids of a conversation in the model's format, up to where the answer begins. What a user
         writes never becomes a special token or one of the format's. Raises UserError."""
         from jinja2.sandbox import ImmutableSandboxedEnvironment            # comes with torch
-        if not self.template:
-            raise UserError("this model has no chat template; use --raw")
         guarded = []
         for message in messages:
             text = message["content"]
-            for name in self.added:
-                is_control = name in self.special or name in self.template
-                if is_control and message["role"] != "assistant":
+            for name in self.added if message["role"] != "assistant" else []:
+                if name in self.special or name in self.template:
                     text = text.replace(name, name[0] + GUARD + name[1:])
             guarded.append(message | {"content": text})
+        # {% generation %} marks what TRL trains on; {% with %} is a tag that does nothing
+        template = re.sub(r"(\{%[-+]?\s*(end)?)generation\b", r"\1with", self.template)
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        variables = self.names | dict(
+            messages=guarded, add_generation_prompt=True, tools=None, documents=None,
+            strftime_now=lambda form: time.strftime(form, self.date or time.localtime()))
         try:
-            text = environment.from_string(self.template).render(
-                self.names, messages=guarded, add_generation_prompt=True, tools=None,
-                strftime_now=time.strftime)
+            text = environment.from_string(template).render(variables | self.template_args)
         except Exception as error:                          # a template is a program of a stranger
             raise UserError(f"the model's chat template fails: {error}") from None
         return self.encode(text, control=True)
@@ -432,11 +436,10 @@ class Tokenizer:
 def pick_device(name):
     """auto: cuda if this machine has it, else mps, else cpu. UserError for one that it lacks."""
     found = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    if name == "auto":
-        return next(device for device in found if found[device])
-    if not found.get(name):
-        raise UserError(f"--device {name}: PyTorch finds none here; give --device auto")
-    return name
+    names = [device for device in found if found[device]]
+    if name not in ("auto", *names):
+        raise UserError(f"--device {name}: PyTorch finds only {', '.join(names)} here")
+    return names[0] if name == "auto" else name
 
 def pick_dtype(name, device):
     """auto: bfloat16 on cuda, else float32."""
@@ -449,25 +452,27 @@ def load_model(name, device="auto", dtype="auto"):
     folder = model_folder(name)
     device = pick_device(device)
     model = Transformer.from_folder(folder, pick_dtype(dtype, device), device)
-    return model, Tokenizer.from_folder(folder)
-
-def peak_memory_mb(device):
-    """The most memory in use so far, in MB (10^6 bytes): the GPU's on cuda, else this process's."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    with contextlib.suppress(ImportError):                  # Windows has no such module
-        from resource import RUSAGE_SELF, getrusage
-        return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
-    return 0.0
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer.n_ids > model.config.vocab_size:
+        token = tokenizer.decode([tokenizer.n_ids - 1])
+        raise UserError(f"{folder}: the embedding has no row for the token {token!r:.100}")
+    if tokenizer.eos_id not in (None, *model.config.eos_ids):
+        model.config.eos_ids.append(tokenizer.eos_id)       # generation_config.json may lack it
+    return model, tokenizer
 
 def run_script(main):
     """Runs a script's main(). An error of the user's is one line on stderr and exit code 2."""
+    with contextlib.suppress(AttributeError):               # a test's stdout cannot
+        sys.stdout.reconfigure(errors="replace")            # cp1252 knows no Chinese
     try:
         main()
+        sys.stdout.flush()
     except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(130)
     except (UserError, OSError, ImportError) as error:
         message = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.filename is None:
+            message = f"cannot write to stdout or a file: {error.strerror}"
         if isinstance(error, ImportError):                  # an optional package
             message += f"; pip install {error.name}"
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)

@@ -18,13 +18,14 @@ import codecs
 import sys
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from cache import SlidingCache, eviction_size
-from encoder import load_run
+from encoder import load_run, set_chat_format
 from model import ArgumentParser, UserError, load_model, run_script
 
 @dataclass
@@ -83,15 +84,18 @@ def uniform_numbers(seeds, group_size, max_new_tokens):
         groups.append(torch.rand(max_new_tokens, group_size, generator=generator).T)    # (G, T)
     return torch.cat(groups)                                                            # (B, T)
 
-def check_prompts(model, prompts, max_new_tokens):
-    """Raises UserError if one of the prompts (lists of ids) is empty or too long for the model."""
-    longest = max(len(prompt) for prompt in prompts)
+def check_prompts(model, prompts, max_new_tokens, names=None):
+    """Raises UserError if one of the prompts (lists of ids) is empty or too long for the model.
+    names: what the error calls them."""
     limit = model.config.max_positions
-    if longest + max_new_tokens > limit:
-        raise UserError(f"a prompt of {longest} tokens and --max-new-tokens {max_new_tokens} "
-                        f"exceed the model's context of {limit}; shorten one of them")
-    if min(len(prompt) for prompt in prompts) == 0:
-        raise UserError("a prompt is empty, or the tokenizer knows nothing in it; write another")
+    for i, prompt in enumerate(prompts):
+        name = names[i] if names else "the prompt"
+        if len(prompt) == 0:
+            raise UserError(f"{name} is empty, or the tokenizer knows nothing in it; write another")
+        if len(prompt) + max_new_tokens > limit:
+            raise UserError(f"{name}: a prompt of {len(prompt)} tokens and --max-new-tokens "
+                            f"{max_new_tokens} exceed the model's context of {limit}; lower the "
+                            "latter or take the prompt out")
 
 class RecordedStep:
     """`model.hidden` for one token per row, recorded as a CUDA graph: launching the hundreds of
@@ -206,6 +210,28 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
     with torch.inference_mode(False):                       # copies that autograd accepts
         return Rollout(*[x.clone() for x in result], window, E, temperature, cache_mb)
 
+def generate_in_parts(model, encoder, prompts, group_size, *, rollout_batch, seeds, **settings):
+    """`generate` for so many prompts at a time that at most rollout_batch rows (or one group) are
+    decoded together. Up to rounding the Rollout does not depend on rollout_batch."""
+    n = max(1, rollout_batch // group_size)
+    parts = []
+    for i in range(0, len(prompts), n):
+        parts.append(generate(model, encoder, prompts[i:i + n], group_size, seeds=seeds[i:i + n],
+                              **settings))
+    joined = {}
+    for f in fields(Rollout):
+        values = [getattr(part, f.name) for part in parts]
+        joined[f.name] = max(values) if f.type is not torch.Tensor else join(values)
+    prompt_of = torch.arange(len(joined["lengths"]), device=joined["lengths"].device) // group_size
+    return Rollout(**{**joined, "prompt_of": prompt_of})
+
+def join(tensors):
+    """Puts tensors (b_i, ...) below each other. Those of two dimensions are padded at the end."""
+    if tensors[0].dim() == 2:
+        width = max(x.shape[1] for x in tensors)
+        tensors = [F.pad(x, (0, width - x.shape[1])) for x in tensors]
+    return torch.cat(tensors)
+
 # ------------------------------------------------------------------- the command line: a chat
 
 def parse_args():
@@ -216,6 +242,8 @@ def parse_args():
     add("--run", default="", help="run folder of train.py: its model, adapter and window")
     add("--prompt", required=True, help="what to say to the model")
     add("--raw", action="store_true", help="take the prompt as it is, without the chat format")
+    add("--system", help="system message of the chat format; default: the run's")
+    add("--template-args", help="JSON for the chat template; default: the run's")
     add("--window", type=int, help="W, response tokens kept, 0: all; default: the run's, else 0")
     add("--evict-ratio", type=float, help="share of W that leaves at once; default: 0.25")
     add("--max-new-tokens", type=int, help="longest response; default: the run's, else 256")
@@ -236,10 +264,9 @@ def main():
         config = {"window": 0, "evict_ratio": 0.25, "max_new_tokens": 256}
     else:
         raise UserError("give --model DIR (a model folder) or --run RUN (a run of train.py)")
-    window = config["window"] if args.window is None else args.window
-    evict_ratio = config["evict_ratio"] if args.evict_ratio is None else args.evict_ratio
-    max_new_tokens = args.max_new_tokens or config["max_new_tokens"]
-    if max_new_tokens < 1 or args.temperature < 0:
+    config |= {name: value for name, value in vars(args).items() if value is not None}
+    set_chat_format(tokenizer, config)
+    if config["max_new_tokens"] < 1 or args.temperature < 0:
         raise UserError("--max-new-tokens must be 1 or more, --temperature 0 or more")
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span tokens
 
@@ -247,13 +274,14 @@ def main():
         if ids[0].item() not in model.config.eos_ids:
             print(decoder.decode(tokenizer.decode_bytes(ids.tolist())), end="", flush=True)
         if evicting and args.show_evictions:
-            print(f"[-{eviction_size(window, evict_ratio)}]", end="", file=sys.stderr, flush=True)
+            E = eviction_size(config["window"], config["evict_ratio"])
+            print(f"[-{E}]", end="", file=sys.stderr, flush=True)
 
     start = time.time()
     rollout = generate(
-        model, encoder, [tokenizer.prompt(args.prompt, args.raw)], window=window,
-        evict_ratio=evict_ratio, max_new_tokens=max_new_tokens, temperature=args.temperature,
-        seeds=[args.seed], on_token=show)
+        model, encoder, [tokenizer.prompt(args.prompt, args.raw)], window=config["window"],
+        evict_ratio=config["evict_ratio"], max_new_tokens=config["max_new_tokens"],
+        temperature=args.temperature, seeds=[args.seed], on_token=show)
     print(decoder.decode(b"", final=True), flush=True)
     n_tokens = rollout.lengths[0].item()
     print(f"{n_tokens} tokens, {n_tokens / (time.time() - start):.1f} tokens/s, "

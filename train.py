@@ -16,14 +16,12 @@ In a notebook:  from train import Config, train
 """
 import argparse
 import atexit
-import json
+import hashlib
 import os
 import shutil
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +32,13 @@ from tqdm import tqdm
 
 from cache import eviction_size
 from encoder import (ADAPTERS, MEMORY_UPDATES, attach_by_config, base_folder, load_run,
-                     merge_adapter, read_config, save_adapter)
-from evaluate import ProblemFile, compare, extract_answer, grade_rollout, problem_text
+                     merge_adapter, read_config, save_adapter, set_chat_format)
+from evaluate import (ProblemFile, append, compare, extract_answer, grade_rollout, open_locked,
+                      problem_ids, problem_prompts, problems_hash)
 from grpo import grpo_step
 from model import (ArgumentParser, ModelConfig, Tokenizer, Transformer, UserError, atomic_write,
-                   load_model, peak_memory_mb, pick_device, read_json, run_script, write_json,
-                   write_safetensors)
-from rollout import check_prompts, generate
+                   load_model, pick_device, read_json, run_script, write_json, write_safetensors)
+from rollout import generate_in_parts
 
 # ---------------------------------------------------------------------------------------- settings
 
@@ -58,6 +56,10 @@ class Config:
     model: str = flag("tiny", "'tiny', a model folder, or an id on the Hugging Face hub")
     data: str = flag("tally", "a task of train.py ('tally'), or a JSONL file of problems")
     out: str = flag("", "run folder; default: the next free runs/MODEL-ADAPTER-SEED")
+    prompt_template: str = flag("", "text around {problem}; default: asks for a \\boxed answer")
+    system: str = flag("", "system message of the chat format")
+    template_args: str = flag("{}", "JSON for the chat template: '{\"enable_thinking\": false}'")
+    date: str = flag("", "YYYY-MM-DD, for chat templates that write the date; default: today")
     adapter: str = flag("pte", "thought encoding, plain LoRA, or one of two ablations", ADAPTERS)
     memory_update: str = flag("paper", "paper: old evictions fade; sum: all weigh alike",
                               MEMORY_UPDATES)
@@ -68,8 +70,10 @@ class Config:
     window: int = flag((16, 256, 1024), "W, response tokens kept in the cache; 0 keeps all")
     evict_ratio: float = flag(0.25, "share of the window that leaves at once")
     max_new_tokens: int = flag((34, 1024, 3072), "longest response, in tokens")
+    temperature: float = flag(1.0, "of sampling; the log-probs are those at this temperature")
     prompts: int = flag((16, 8, 32), "N, problems per step")
     group_size: int = flag((16, 8, 8), "G, responses to each problem")
+    rollout_batch: int = flag((256, 64, 256), "responses decoded at once: for memory only")
     micro_batch: int = flag((4096, 2048, 8192), "response tokens replayed at once: for memory only")
     steps: int = flag(200, "training steps")
     lr: float = flag((1e-3, 1e-5, 1e-5), "peak learning rate of AdamW")
@@ -83,7 +87,7 @@ class Config:
     base_steps: int = flag(350, "tiny: supervised steps that make the base model")
     test_problems: int = flag(500, "tiny: problems of each K in the final table; 0: no table")
     sample_every: int = flag(20, "steps between samples in samples.jsonl")
-    save_every: int = flag(20, "steps between checkpoints")
+    save_every: int = flag((20, 5, 5), "steps between checkpoints")
     resume: str = flag("", "run folder to go on with, under its settings and what is given anew")
     merge: str = flag("", "run folder of a LoRA to be written to --out as a model of its own")
     wandb: bool = flag(False, "also log to Weights & Biases (pip install wandb)")
@@ -102,23 +106,24 @@ class Config:
     def check(self):
         """Raises UserError for settings that cannot work."""
         eviction_size(self.window, self.evict_ratio)
-        for name in ("rank", "global_tokens", "max_new_tokens", "prompts", "group_size", "steps",
-                     "micro_batch", "inner_epochs", "base_steps", "sample_every", "save_every"):
-            least = 2 if name == "group_size" else 1
-            if getattr(self, name) < least:
+        set_chat_format(argparse.Namespace(), asdict(self))     # raises if something is not JSON
+        least = dict.fromkeys(("rank", "global_tokens", "max_new_tokens", "prompts", "steps",
+                               "rollout_batch", "micro_batch", "inner_epochs", "base_steps",
+                               "sample_every", "save_every"), 1)
+        least |= {"group_size": 2, "temperature": 0.01, "seed": 0, "test_problems": 0}
+        for name, value in least.items():
+            if getattr(self, name) < value:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small; "
-                                f"give {least} or more")
-        if min(self.seed, self.test_problems) < 0:
-            raise UserError("--seed and --test-problems: give 0 or more")
-        if self.wandb and not find_spec("wandb"):
-            raise UserError("--wandb: pip install wandb")
+                                f"give {value} or more")
         if self.adapter == "lora" and self.rank != self.global_tokens:
             raise UserError(f"--adapter lora --rank {self.rank} needs --global-tokens {self.rank}")
         if (self.model == "tiny") != (self.data in TASKS):
             raise UserError(f"--model {self.model} --data {self.data}: the tiny model does the "
                             f"task {' or '.join(TASKS)}, other models need a JSONL file")
 
-FIXED = ("model", "data", "adapter", "memory_update", "rank", "global_tokens", "window", "seed")
+# What may change when a run goes on: how long it lasts, where it runs, where things are.
+CHANGEABLE = ("resume", "steps", "model", "data", "device", "micro_batch", "rollout_batch",
+              "save_every", "sample_every", "test_problems", "wandb")
 
 def parse_args():
     """The Config of the command line; with --resume, that of the run and what is given anew."""
@@ -134,14 +139,11 @@ def parse_args():
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **how)
     given = vars(parser.parse_args())
     saved = read_config(given["resume"]) if "resume" in given else {}
-    for name in FIXED:
-        if name in given and name in saved and given[name] != saved[name]:
+    for name in given:
+        if saved and name not in CHANGEABLE and given[name] != saved.get(name):
             raise UserError(f"--{name.replace('_', '-')}: {given['resume']} was trained with "
-                            f"{saved[name]}, which cannot change; leave the flag out")
-    try:
-        return Config(**{**saved, **given})
-    except TypeError:                       # a setting that this version does not have
-        raise UserError(f"{given['resume']}: of another version of nanoPTE; train again") from None
+                            f"{saved.get(name)}, which cannot change; leave the flag out")
+    return Config(**{**saved, **given})
 
 # ------------------------------------------------------------------- the tiny world: task and base
 
@@ -290,53 +292,57 @@ def log(text):
     if IS_FIRST:
         tqdm.write(text, file=sys.stderr)
 
-def append(path, records):
-    """Adds a line of JSON to a file for each record."""
-    with open(path, "a") as file:
-        for record in records:
-            strict = {name: None if x != x else x for name, x in record.items()}   # JSON has no nan
-            file.write(json.dumps(strict) + "\n")
-
-def free_run_dir(config, world_size):
-    """--out, or the next free folder in runs/. Raises UserError if --out is taken."""
-    if config.out and Path(config.out).exists():
-        raise UserError(f"--out {config.out} exists; give another, or --resume {config.out}")
+def choose_out(config, world_size):
+    """The run folder: --resume, --out, or the next free name in runs/. Raises UserError."""
+    if config.resume:
+        return config.resume
     if world_size > 1 and not config.out:
         raise UserError("several processes need --out DIR, a new folder")
     name = f"runs/{Path(config.model).name}-{config.adapter}-{config.seed}"
     out = config.out or name
     n = 1
     while Path(out).exists():
+        if config.out:
+            raise UserError(f"--out {out} exists; give another, or --resume {out}")
         n += 1
         out = f"{name}-{n}"
     return out
 
-def save_checkpoint(out, step, encoder, optimizer, config):
+def fingerprint(model, task):
+    """A short hash of the model's weights and the task's problems. --resume with others fails."""
+    digest = hashlib.sha256(problems_hash(getattr(task, "problems", [])).encode())
+    for weight in (model.embedding.weight, model.blocks[-1].ffn.w_down.weight):
+        digest.update(weight[-8:].double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+def save_checkpoint(out, step, encoder, optimizer, config, trained_on):
     """Writes all that the next step needs to one file, and the adapter for everybody else."""
     sizes = {path.name: path.stat().st_size for path in out.glob("*s.jsonl")}
     save_adapter(out, encoder, asdict(config))              # first: never older than the checkpoint
     with atomic_write(out / "checkpoint.pt") as file:
-        torch.save({"step": step, "adapter": encoder.tensors(),
-                    "optimizer": optimizer.state_dict(), "sizes": sizes}, file)
+        torch.save({"step": step, "adapter": encoder.tensors(), "sizes": sizes,
+                    "optimizer": optimizer.state_dict(), "trained_on": trained_on}, file)
 
-def load_checkpoint(out, encoder, optimizer):
+def load_checkpoint(out, encoder, optimizer, trained_on):
     """Restores a run, and cuts off what it logged after its checkpoint -> the number of steps done.
-    Raises UserError if the checkpoint is damaged."""
+    Raises UserError if the checkpoint is damaged, or of another model or other problems."""
     path = out / "checkpoint.pt"
-    state = {"step": 0, "adapter": {}, "sizes": {}}         # of a run that has none
+    state = {"step": 0, "adapter": {}, "sizes": {}, "trained_on": trained_on}   # without a file
     try:
         if path.exists():
             state = torch.load(path, weights_only=True)
             optimizer.load_state_dict(state["optimizer"])
         for name, tensor in state["adapter"].items():
             encoder.tensors()[name].copy_(tensor)
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            with open(out / name, "ab") as file:
-                file.truncate(state["sizes"].get(name, 0))
-        return state["step"]
+        if state["trained_on"] != trained_on:
+            raise ValueError("trained on another --model or --data")
     except Exception as error:              # a damaged file makes torch.load fail in many ways
-        raise UserError(f"{path}: damaged, or of another run ({type(error).__name__}); train again "
-                        "with another --out") from None
+        raise UserError(f"{path}: damaged, or of another run ({error}); train again with another "
+                        "--out") from None
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with open(out / name, "ab") as file:
+            file.truncate(state["sizes"].get(name, 0))
+    return state["step"]
 
 # ---------------------------------------------------------------------------------------- the loop
 
@@ -348,13 +354,17 @@ def warn_if_unhealthy(metrics, dtype):
         log(f"{step}: logp_gap {metrics['logp_gap']:.2g} is more than rounding. The replay does "
             "not see what the rollout saw (does an eviction rule or the encoder draw random "
             "numbers of its own?), and nothing that is learned can be trusted")
-    if metrics["spread"] == 0 and metrics["accuracy"] < 0.9:
+    if metrics["answer_found"] < 0.1:
+        log(f"{step}: an answer was found in {metrics['answer_found']:.0%} of the responses, "
+            f"{metrics['truncated']:.0%} were cut off; see samples.jsonl, change "
+            "--prompt-template or --max-new-tokens")
+    elif metrics["spread"] == 0 and metrics["accuracy"] < 0.9:
         log(f"{step}: all rewards of each group are equal, so nothing can be learned from them; "
             f"{metrics['truncated']:.0%} of the responses were cut off at --max-new-tokens, an "
             f"answer was found in {metrics['answer_found']:.0%}")
 
-def step_metrics(rows, device):
-    """Means over the graded responses of a step."""
+def step_metrics(rows):
+    """Means over the graded responses of a step, and the most memory that a GPU has used so far."""
     return {
         "reward": np.mean([row["reward"] for row in rows]),
         "accuracy": np.mean([row["correct"] for row in rows]),
@@ -362,11 +372,10 @@ def step_metrics(rows, device):
         "response_tokens": np.mean([row["tokens"] for row in rows]),
         "truncated": np.mean([row["truncated"] for row in rows]),
         "evictions": np.mean([row["evictions"] for row in rows]),
-        "peak_memory_mb": peak_memory_mb(device)}
+        "peak_memory_mb": torch.cuda.max_memory_allocated() / 1e6}
 
 def train(config):
     """A generator: does one step at a time and yields its metrics, a dict, once they are saved.
-    If the caller stops early (`break`, or Ctrl-C in the script), a checkpoint is written.
 
     Sets config.out to the run folder. Raises UserError."""
     config.check()
@@ -375,47 +384,55 @@ def train(config):
     n = config.prompts // world_size                        # problems of this process
     if n * world_size != config.prompts:
         raise UserError(f"--prompts {config.prompts} cannot be shared by {world_size} processes")
+    if config.wandb and rank == 0:
+        import wandb                                        # if it is missing, fail now
     torch.use_deterministic_algorithms(device == "cpu")     # else threads add in any order
     task = TASKS[config.data]() if config.data in TASKS else ProblemFile(config.data)
-    config.out = config.resume or free_run_dir(config, world_size)
+    config.out = choose_out(config, world_size)
     out = Path(config.out)
-    waiting = torch.zeros((), device=device)
-    all_reduce(waiting)                                     # all have seen that --out is free
-    if config.model == "tiny" and rank == 0 and not (out / "base").exists():
-        task_name = "tiny" if config.data == "tally" else config.data
-        base = Path(f"runs/{task_name}-base-{config.seed}")
+    all_reduce(torch.zeros((), device=device))              # all have seen that --out is free
+    if rank == 0 and config.model == "tiny" and not (out / "base").exists():
+        base = Path(f"runs/tiny-base-{config.seed}")
         make_base(base, task, config, device)
         shutil.copytree(base, out / "base")                 # so that a run can be moved
-    all_reduce(waiting)
+    all_reduce(torch.zeros((), device=device))              # the base is there
     model, tokenizer = load_model(base_folder(out, asdict(config)), device, config.dtype)
+    config.date = config.date or time.strftime("%Y-%m-%d")
+    set_chat_format(tokenizer, asdict(config))
     if config.model != "tiny":
-        prompts = [tokenizer.prompt(problem_text(tokenizer, p)) for p in task.problems]
-        check_prompts(model, prompts, config.max_new_tokens)
-    out.mkdir(parents=True, exist_ok=True)
+        problem_prompts(model, tokenizer, task.problems, config.prompt_template,
+                        config.max_new_tokens)              # fails now if one is too long
+        config.data = str(Path(config.data).absolute())     # so that it is found from anywhere
+        if Path(config.model).exists():                     # else it is an id on the hub
+            config.model = str(Path(config.model).absolute())
+    trained_on = fingerprint(model, task)
     torch.manual_seed(config.seed)
     encoder = attach_by_config(model, asdict(config))
     optimizer = torch.optim.AdamW(encoder.trainable_parameters(), betas=(0.8, 0.99), weight_decay=0)
-    done = load_checkpoint(out, encoder, optimizer)
+    out.mkdir(parents=True, exist_ok=True)
+    lock = rank == 0 and open_locked(out / "metrics.jsonl")         # for as long as this runs
+    done = load_checkpoint(out, encoder, optimizer, trained_on)
     if rank == 0:
         write_json(out / "config.json", asdict(config) | {"resume": ""})
     if rank == 0 and config.wandb:
-        import wandb
         wandb.init(project="nanopte", name=out.name, config=asdict(config))
 
     for step in range(done, config.steps):
         start = time.time()
         # The problems of this step, and the learning rate: up for `warmup` steps, then down.
         problems = task.batch(step, config.prompts, config.seed)[rank * n:(rank + 1) * n]
-        prompts = [tokenizer.prompt(problem_text(tokenizer, p)) for p in problems]
+        prompts = [problem_ids(tokenizer, problem, config.prompt_template) for problem in problems]
         seed = (config.seed * 1_000_003 + step) * config.prompts + rank * n
         decay = 1 - 0.9 * step / config.steps
         lr = config.lr * min((step + 1) / max(config.warmup, 1), decay)
         optimizer.param_groups[0]["lr"] = lr
         # Sample, reward, update.
         try:
-            rollout = generate(
-                model, encoder, prompts, config.group_size, max_new_tokens=config.max_new_tokens,
-                window=config.window, evict_ratio=config.evict_ratio, seeds=range(seed, seed + n))
+            rollout = generate_in_parts(
+                model, encoder, prompts, config.group_size, rollout_batch=config.rollout_batch,
+                max_new_tokens=config.max_new_tokens, window=config.window,
+                evict_ratio=config.evict_ratio, temperature=config.temperature,
+                seeds=range(seed, seed + n))
             rows = grade_rollout(problems, rollout, tokenizer)
             for row, i in zip(rows, rollout.prompt_of.tolist()):
                 row["reward"] = task.reward(problems[i], row["response"], row["tokens"],
@@ -423,11 +440,11 @@ def train(config):
             rewards = torch.tensor([row["reward"] for row in rows], device=device)      # (B,)
             metrics = grpo_step(model, encoder, optimizer, rollout, rewards, config, all_reduce)
         except torch.OutOfMemoryError:
-            raise UserError("out of memory: lower --micro-batch, --prompts, --group-size, "
+            raise UserError("out of memory: lower --rollout-batch, --micro-batch, "
                             "--max-new-tokens or --window") from None
         # Measure, warn, save.
         metrics["logp_gap"] *= world_size                       # the sum over processes, as a bound
-        metrics |= step_metrics(rows, device)
+        metrics |= step_metrics(rows)
         metrics["seconds"] = time.time() - start
         means = torch.tensor(list(metrics.values()), dtype=torch.float64) / world_size
         metrics = dict(zip(metrics, all_reduce(means).tolist()))        # over all processes
@@ -445,13 +462,8 @@ def train(config):
             if config.wandb:
                 wandb.log(metrics, step=step + 1)
             if (step + 1) % config.save_every == 0 or is_last:
-                save_checkpoint(out, step + 1, encoder, optimizer, config)
-        try:
-            yield metrics
-        except GeneratorExit:                               # the caller has stopped
-            if rank == 0:
-                save_checkpoint(out, step + 1, encoder, optimizer, config)
-            raise
+                save_checkpoint(out, step + 1, encoder, optimizer, config, trained_on)
+        yield metrics
 
 # -------------------------------------------------------------------------------------- the script
 
@@ -493,37 +505,22 @@ def print_table(config):
 def main():
     config = parse_args()
     if config.merge:
-        merge_adapter(config.merge, config.out)
+        merge_adapter(config.merge, config.out, "" if config.model == "tiny" else config.model)
         return log(f"{config.out} is a model folder now: python rollout.py --model {config.out}")
-    signals = []
-
-    def stop(number, frame):
-        signal.signal(number, signal.default_int_handler)   # the second time: at once
-        signals.append(number)
-        log("stopping after this step")
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
     start = time.time()
     recent = []
-    steps = train(config)
-    with tqdm(total=config.steps, desc="GRPO", file=sys.stderr, delay=1e-3) as bar:
-        for metrics in steps:
-            bar.update(metrics["step"] - bar.n)
+    try:
+        for metrics in tqdm(train(config), "GRPO", config.steps, disable=not IS_FIRST, delay=1):
             recent.append(metrics)
             if metrics["step"] % 20 == 0 or metrics["step"] == config.steps:
                 log(status_line(recent))
                 recent = []
-            if all_reduce(torch.tensor(len(signals))) > 0:  # in any process
-                steps.close()                               # writes a checkpoint
-                if IS_FIRST:
-                    print(f"stopped after step {metrics['step']} of {config.steps}; go on with: "
-                          f"python train.py --resume {config.out}")
-                return
-    if IS_FIRST:
-        if config.model == "tiny" and config.test_problems:
+        if IS_FIRST and config.model == "tiny" and config.test_problems:
             print_table(config)
-        log(f"{(time.time() - start) / 60:.1f} minutes; everything is in {config.out}")
+    except KeyboardInterrupt:
+        log(f"stopped; go on from the last checkpoint with: python train.py --resume {config.out}")
+        raise
+    log(f"{(time.time() - start) / 60:.1f} minutes; everything is in {config.out}")
 
 if __name__ == "__main__":
     run_script(main)

@@ -4,7 +4,6 @@ The models are as good as random: where a score has to be more than 0, a text is
 of its characters is even (`coin`). How answers are compared: test_answers.py.
 """
 import json
-import sys
 from itertools import combinations, permutations
 from pathlib import Path
 from shutil import copytree
@@ -16,8 +15,9 @@ import pytest
 import evaluate
 from conftest import CONFIG, tiny_encoder, tiny_model
 from encoder import save_adapter
-from evaluate import (BENCHMARKS, ProblemFile, compare, find_arms, grade, interval, load_data,
-                      load_problems, majority, pass_at_k, problem_scores)
+from evaluate import (BENCHMARKS, ProblemFile, append, compare, find_arms, grade, interval,
+                      load_problems, load_set, majority, open_locked, pass_at_k, problem_ids,
+                      problem_scores)
 from model import UserError, write_json, write_safetensors
 
 DIGITS = ["527184=", "12=", "903341,527184=", "7=", "4455=", "12="]
@@ -128,16 +128,30 @@ def test_a_problem_file(tmp_path):
             ({"problem": "1+1", "answer": 2}, "1+1", "2"),
             ({"question": "?", "answer": 0}, "?", "0"),
             ({"prompt": "?", "answer": "48/2 = 24\n#### 72"}, "?", "72"),
+            ({"prompt": "?", "answer": r"\boxed{\frac{1}{2}}"}, "?", r"\frac{1}{2}"),
             ({"question": "?", "final_answer": ["$2$", r"$\sqrt{3}$"]}, "?", r"2, \sqrt{3}")]:
-        path.write_text("\ufeff" + json.dumps(row | {"tolerance": 5}) + "\n\n", encoding="utf-8")
+        path.write_text("\ufeff" + json.dumps(row) + "\n\n", encoding="utf-8")
         found, = load_problems(path)
         assert (found["problem"], found["answer"], found["tolerance"]) == (problem, answer, 0)
 
+def test_a_problem_may_bring_its_own_tolerance(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"problem": "?", "answer": 5, "tolerance": 0.1}')
+    problem, = load_problems(path)
+    assert grade(problem, r"\boxed{5.4}", "builtin")[1]
+    assert not grade(problem, r"\boxed{5.6}", "builtin")[1]
+
 @pytest.mark.parametrize("text, words", [
-    ("", "holds no problems"), ("{}\n", "problem 1 JSON"), ("\n[1]", "problem 1 JSON"),
-    ('{"problem": "1"}', "1"), ('{"problem": "1", "answer": "5 ####"}', "problem 1"),
-    ('{"problem": "1", "answer": 1}\n{"pro', "problem 2 JSON"), ("[" * 99_999, "problem 1"),
-    ('{"problem": 1, "answer": 1}', "1"), ('{"problem": "1", "answer": null}', "problem 1")])
+    ("", "holds no problems"), ("{}\n", "line 1 JSON"), ("\n[1]", "line 2 JSON"),
+    ('{"problem": "1"}', "line 1"), ('{"problem": "1", "answer": "5 ####"}', "line 1"),
+    ('{"problem": "1", "answer": 1}\n{"pro', "line 2 JSON"), ("[" * 99_999, "line 1"),
+    ('{"problem": 1, "answer": 1}', "line 1"), ('{"problem": "1", "answer": null}', "line 1"),
+    ('{"problem": "1", "answer": NaN}', "line 1"), ('{"problem": "1", "answer": []}', "line 1"),
+    ('{"problem": "1", "answer": "\\\\boxed{}"}', "line 1"),
+    ('{"problem": "1", "answer": 5, "tolerance": "x"}', "line 1 tolerance"),
+    ('{"problem": "1", "answer": 5, "tolerance": 5}', "line 1 tolerance"),
+    ('{"prompt": [{"role": "user"}], "ground_truth": 1}', "prompt, ground_truth 'problem'"),
+    ('{"problem": "1", "solution": "1"}', "problem, solution 'answer'")])
 def test_a_bad_problem_file_is_refused(tmp_path, text, words):
     path = tmp_path / "x.jsonl"
     path.write_text(text)
@@ -157,26 +171,28 @@ def test_a_problem_file_is_a_task(data):
     assert task.reward({"answer": "3", "tolerance": 0}, r"\boxed{3.0}", 9, True) == 1.0
     assert task.reward({"answer": "3", "tolerance": 0}, r"\boxed{4}", 9, True) == 0.0
 
-def test_benchmarks_come_from_a_file_or_from_the_hub(tmp_path, monkeypatch):
-    asked = []
-
-    def load_dataset(*asked_for, split):
-        def to_json(path):
-            Path(path).write_text('{"problem": "?", "answer": "1.6"}\n' * 3)
-        asked.append((*asked_for, split))
-        return SimpleNamespace(to_json=to_json)
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+def test_each_benchmark_has_samples_and_tolerance_of_its_own(tmp_path):
     right = []
-    for name in BENCHMARKS:
-        for _ in range(2):                                      # the second time from the file
-            short, k, problems = load_data(name, tmp_path)
-        assert short == name and len(problems) == 3 and k == (16 if "aime" in name else 1)
-        if grade(problems[0], r"\boxed{1.61}", "builtin")[1]:
+    for name, (file, *_) in BENCHMARKS.items():
+        (tmp_path / file).write_text('{"problem": "?", "answer": "1.6"}\n' * 3)
+        short, found = load_set(name, tmp_path, 2, 0, 0, -1)
+        several = "aime" in name
+        assert short == name and len(found.problems) == 2
+        assert (found.n_samples, found.k) == ((16, 16) if several else (1, 1))
+        assert found.temperature == (0.6 if several else 0)
+        if grade(found.problems[0], r"\boxed{1.61}", "builtin")[1]:
             right.append(name)
-    assert right == ["minerva"] and asked == [row[1:4] for row in BENCHMARKS.values()]
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="pip install datasets"):
-        load_data("gsm8k", tmp_path / "none")
+    assert right == ["minerva"]
+    with pytest.raises(UserError, match="--data-dir"):
+        load_set("gsm8k", tmp_path / "none", 0, 0, 0, -1)
+
+def test_the_prompt_of_a_problem():
+    """The template given, else a request for a box, but the bare problem to a base model."""
+    for format_of_model, template, wanted in [
+            ("chat", "", "1+1\nPlease reason step by step, and put your final answer within "
+             "\\boxed{}."), ("", "", "1+1"), ("", "Q: {problem}\nA:", "Q: 1+1\nA:")]:
+        tokenizer = SimpleNamespace(template=format_of_model, prompt=lambda text: text)
+        assert problem_ids(tokenizer, {"problem": "1+1"}, template) == wanted
 
 # ---- arms and the table
 
@@ -277,6 +293,9 @@ def test_work_is_not_lost_nor_done_twice(trained, data, tmp_path, coin, monkeypa
             run(**changes)
     run(windows=[8, 0])                                         # another window is just added
     assert sum(calls) == 12
+    with open_locked(path.with_suffix(".jsonl")):               # another process is at it
+        with pytest.raises(UserError, match="another process"):
+            run()
     path.with_suffix(".jsonl").write_text("notes\n")
     with pytest.raises(UserError, match="something else"):
         run()
@@ -284,11 +303,17 @@ def test_work_is_not_lost_nor_done_twice(trained, data, tmp_path, coin, monkeypa
     with pytest.raises(UserError, match="x.json"):
         run()
 
+def test_a_full_disk_is_named():
+    if Path("/dev/full").exists():
+        with pytest.raises(UserError, match="/dev/full: No space left on device"):
+            append("/dev/full", [{"x": 1}])
+
 @pytest.mark.parametrize("settings, words", [
-    (dict(runs=[]), "--model --runs"), (dict(data=[]), "math500"), (dict(batch=0), "--batch"),
+    (dict(runs=[]), "--model --runs"), (dict(data=[]), "math500"), (dict(batch=0), "number"),
     (dict(windows=[3]), "window 3"), (dict(samples=4, temperature=0.0), "--samples --temperature"),
     (dict(samples=4, pass_at=16), "--pass-at --samples"), (dict(json_path="x.txt"), "x.txt .json"),
-    (dict(max_new_tokens=9999), "9999 context"), (dict(runs=["nowhere"]), "nowhere/config.json")])
+    (dict(max_new_tokens=9999), "six.jsonl, line 1 9999"),
+    (dict(runs=["nowhere"]), "nowhere/config.json")])
 def test_mistakes_are_refused(trained, data, tmp_path, monkeypatch, settings, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as refusal:

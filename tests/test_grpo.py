@@ -65,9 +65,10 @@ def test_replay_follows_another_eviction_rule(rows, roll, monkeypatch):
 # ---- one step of GRPO, and the same by hand
 
 def step(model, encoder, r, rewards=REWARDS, lr=0.0, all_reduce=lambda x: None, **changes):
-    """One grpo_step -> its gradients (a list) and metrics."""
+    """One grpo_step -> its gradients (a list) and metrics. Two inner epochs: with one, the old
+    log-probs are the replay's, and the clip never acts."""
     config = dict(group_size=2, loss="grpo", max_new_tokens=20, micro_batch=1000, kl_coef=0.0,
-                  clip_low=0.2, clip_high=0.28, inner_epochs=1, max_grad_norm=1e9,
+                  clip_low=0.2, clip_high=0.28, inner_epochs=2, max_grad_norm=1e9,
                   truncate_memory=0)
     config = SimpleNamespace(**config | changes)
     parameters = encoder.trainable_parameters()
@@ -132,6 +133,15 @@ def test_the_gradient_is_that_of_one_graph(adapter, memory_update, settings, rol
     assert {name: metrics[name] for name in numbers} == pytest.approx(numbers, rel=1e-9)
     assert 0 < metrics["ratio_clipped"] < 1
 
+def test_with_one_update_the_ratio_is_1_whatever_the_rollout_has_rounded(roll, float64):
+    """As in bfloat16: old log-probs that are off change logp_gap, but neither loss nor gradient."""
+    model, encoder, r = roll()
+    wanted, metrics = step(model, encoder, r)
+    got, other_metrics = step(model, encoder, off_policy(r), inner_epochs=1)
+    assert_equal_gradients(got, wanted)
+    assert other_metrics["logp_gap"] > 0.1 and other_metrics["ratio_clipped"] == 0
+    assert other_metrics["loss"] == pytest.approx(metrics["loss"])
+
 def test_neither_pads_nor_what_is_behind_the_end_token_is_seen(roll, float64):
     """Other prompt ids, tokens and old log-probs there: the same log-probs and gradients."""
     model, encoder, r = roll()
@@ -183,7 +193,7 @@ def test_updates_go_against_the_gradient_unless_that_is_not_finite(roll, float64
     """Two updates of length lr * max_grad_norm; logp_gap is measured before the first."""
     model, encoder, r = roll()
     before = encoder.h_g.detach().clone()
-    gradients, metrics = step(model, encoder, r, lr=1e-6, inner_epochs=2, max_grad_norm=0.1)
+    gradients, metrics = step(model, encoder, r, lr=1e-6, max_grad_norm=0.1)
     assert sum(x.square().sum() for x in gradients).sqrt().item() == pytest.approx(0.1)
     after = encoder.h_g.detach().clone()
     torch.testing.assert_close(after - before, -2 * 1e-6 * gradients[0], atol=0, rtol=1e-2)
@@ -261,3 +271,13 @@ def test_saved_bytes_do_not_grow_with_the_response_if_the_memory_is_truncated():
     assert len(growth) == 1 and evicted <= growth.pop() <= 2 * evicted
     full = [max(saved_bytes(model, encoder, replace(r, window=0), False)) for r in rollouts]
     assert full[1] - full[0] > 10 * 9 * evicted                     # for 9 * 8 tokens more
+
+@pytest.mark.parametrize("adapter", ["lora", "global-only"])
+def test_an_adapter_that_never_reads_what_was_evicted_does_not_keep_it(adapter):
+    model = tiny_model(eos_token_id=[])
+    encoder = tiny_encoder(model, adapter)
+    r = generate(model, encoder, tiny_prompts(3, 7, 1, 5), window=16, evict_ratio=0.5,
+                 max_new_tokens=1 + 16 + 9 * 8)
+    kept = saved_bytes(model, encoder, r, truncate=False)
+    states = 2 * 6 * 4 * 4                                          # bytes: L, M, R, float32
+    assert all(b - a <= 2 * states for a, b in zip(kept[2:], kept[3:]))

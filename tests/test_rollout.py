@@ -9,7 +9,7 @@ import torch
 from conftest import (ADAPTERS, EOS, NEVER, logits_by_hand, rows_of, tiny_encoder, tiny_model,
                       tiny_prompts)
 from model import UserError
-from rollout import RecordedStep, generate, sample
+from rollout import RecordedStep, generate, generate_in_parts, sample
 
 PROMPTS = tiny_prompts(3, 7, 1, 5)                              # all but one are padded
 UNTIL_24 = dict(max_new_tokens=24, window=8)                    # 2 leave at a time: 8 evictions
@@ -60,6 +60,19 @@ def test_a_prompts_responses_depend_on_its_seed_and_not_on_the_batch(float64):
         assert torch.equal(alone.tokens, batch.tokens[rows])
         assert not torch.equal(alone.tokens, other.tokens)
         torch.testing.assert_close(alone.logps, batch.logps[rows], atol=1e-9, rtol=0)
+
+@pytest.mark.parametrize("rollout_batch", [1, 4, 5, 99])
+def test_a_rollout_in_parts_is_the_rollout(rollout_batch, float64):
+    """Of one, two or all groups of two at a time, whose prompts and responses differ in length."""
+    model, encoder = policy("pte", eos_token_id=list(EOS))
+    whole = generate(model, encoder, PROMPTS, 2, seeds=[5, 6, 7, 8], **UNTIL_24)
+    assert len(whole.lengths.unique()) > 2 and whole.ended.any()
+    parts = generate_in_parts(model, encoder, PROMPTS, 2, rollout_batch=rollout_batch,
+                              seeds=[5, 6, 7, 8], **UNTIL_24)
+    assert rows_of(parts) == rows_of(whole)
+    for name in ("prompt_ids", "prompt_lengths", "prompt_of", "lengths", "ended", "window"):
+        assert np.array_equal(getattr(parts, name), getattr(whole, name))
+    assert parts.cache_mb <= whole.cache_mb
 
 def test_finished_rows_do_not_matter(ends_at):
     """When row 0 ends changes nothing for the others, also if one of them ends during evictions."""

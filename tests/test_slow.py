@@ -99,15 +99,16 @@ def kill_test(folder, threads, kills, seed=0):
 def test_a_killed_run_ends_as_an_undisturbed_one(threads, kills, tmp_path):
     assert kill_test(tmp_path, threads, kills)[0] == kills
 
-def test_ctrl_c_ends_the_step_and_says_how_to_go_on(tmp_path):
+def test_ctrl_c_says_how_to_go_on(tmp_path):
     process = start(tmp_path, TINY)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text()):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    assert "of 8; go on with: python train.py --resume run" in finish(process)
-    n_steps = len(metrics.read_text().splitlines())
-    assert torch.load(tmp_path / "run" / "checkpoint.pt")["step"] == n_steps < 8
+    printed = process.communicate(timeout=300)[1]
+    assert process.returncode == 130 and "Traceback" not in printed
+    assert printed.endswith("with: python train.py --resume run\n")
+    assert len(metrics.read_text().splitlines()) < 8
     finish(start(tmp_path, ["--resume", "run"]))
     assert len(metrics.read_text().splitlines()) == 8
 
@@ -162,7 +163,9 @@ def damage_header(data, rng):
 
 def use_checkpoint(run):
     _, encoder, _, _ = load_run(run)
-    train.load_checkpoint(run, encoder, torch.optim.AdamW(encoder.trainable_parameters()))
+    optimizer = torch.optim.AdamW(encoder.trainable_parameters())
+    base = Transformer.from_folder(run / "base")
+    train.load_checkpoint(run, encoder, optimizer, train.fingerprint(base, train.Tally()))
 
 TARGETS = {                             # a file, how else to damage it, what then reads it
     "base/tokenizer.json": (damage_json, lambda run: Tokenizer.from_folder(run / "base")),

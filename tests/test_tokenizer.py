@@ -8,7 +8,8 @@ import unicodedata
 
 import pytest
 
-from model import Tokenizer, UserError, to_bytes
+from conftest import CONFIG, EOS, tiny_model
+from model import Tokenizer, UserError, load_model, to_bytes, write_json, write_safetensors
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -112,10 +113,14 @@ def write_folder(folder, kind, template=None, change=lambda spec: None):
 def test_ids_equal_hugging_face(tmp_path, kind):
     tokenizer = Tokenizer.from_folder(write_folder(tmp_path, kind))
     assert tokenizer.encode("'s  12345 e\u0301 qzx<think>") == GOLDEN[kind]
+    if kind == "smol":                              # what it lacks is gone before bytes are joined
+        parts = [b" **", b"h", b"e"]
+        assert tokenizer.encode(" *\4*h\4e") == [tokenizer.id_of[part] for part in parts]
     library = pytest.importorskip("tokenizers")
     theirs = library.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     random.seed(0)
     mixed = ["".join(random.choices(STRINGS + [" ", "\n", "1"], k=4)) for _ in range(300)]
+    mixed += [" *\4*", "<\4> \x1d$", "a\4b \4\6c", "x\4's", " *\6_"]     # "smol" lacks these
     for text in STRINGS + mixed:
         want = theirs.encode(text, add_special_tokens=False).ids
         assert tokenizer.encode(text) == want, repr(text)
@@ -131,11 +136,6 @@ def test_text_comes_back(tmp_path, kind):
     assert tokenizer.decode_bytes(euro[:1]) == b"\xe2" and tokenizer.decode(euro[:2]) == "\ufffd"
     assert tokenizer.decode([tokenizer.n_ids, *euro, tokenizer.n_ids + 256, 10**6]) == "€"
 
-def test_special_text_stays_text_and_other_added_tokens_are_matched(tmp_path):
-    tokenizer = Tokenizer.from_folder(write_folder(tmp_path, "r1"))
-    ids = tokenizer.encode("a<｜end▁of▁sentence｜><think>b")
-    assert [i for i in ids if i >= tokenizer.bos_id] == [tokenizer.added["<think>"]]
-
 def test_bos_and_prompt(tmp_path):
     for kind, adds_bos in (("qwen", False), ("tiny", False), ("r1", True), ("llama", True)):
         tokenizer = Tokenizer.from_folder(write_folder(tmp_path, kind))
@@ -145,15 +145,16 @@ def test_bos_and_prompt(tmp_path):
     tokenizer = Tokenizer.from_folder(write_folder(tmp_path, "llama", "{{ messages[0].content }}!"))
     assert tokenizer.decode(tokenizer.prompt("12")) == "12!"
     assert tokenizer.decode(tokenizer.prompt("12", raw=True)) == "<|begin_of_text|>12"
+    ids = tokenizer.encode("a<|begin_of_text|>b")               # special tokens in it stay text
+    assert tokenizer.bos_id not in ids and tokenizer.decode(ids) == "a<|begin_of_text|>b"
 
 BROKEN = {
-    "Metaspace": lambda spec: spec.update(pre_tokenizer={"type": "Metaspace"}),
+    "space'} is not implemented": lambda spec: spec.update(pre_tokenizer={"type": "Metaspace"}),
     "Digits": lambda spec: spec["pre_tokenizer"]["pretokenizers"].insert(1, {"type": "Digits"}),
-    "Removed": lambda spec: spec["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"),
-    "NFKC": lambda spec: spec.update(normalizer={"type": "NFKC"}),
-    "vocab": lambda spec: spec["model"].pop("vocab"),
+    "'NFKC'} is not implemented": lambda spec: spec.update(normalizer={"type": "NFKC"}),
+    "damaged .*'vocab'.* download": lambda spec: spec["model"].pop("vocab"),
     "Parsing": lambda spec: spec["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="("),
-    "NoneType": lambda spec: spec.update(pre_tokenizer=None),
+    "pre_tokenizer None is not implemented": lambda spec: spec.update(pre_tokenizer=None),
 }
 
 @pytest.mark.parametrize("word", BROKEN)
@@ -161,19 +162,24 @@ def test_unknown_tokenizer_is_one_line_that_names_it(tmp_path, word):
     with pytest.raises(UserError, match=word) as error:
         Tokenizer.from_folder(write_folder(tmp_path, "qwen", change=BROKEN[word]))
     assert str(tmp_path / "tokenizer.json") in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(UserError, match="tokenizer.json: No such file"):
+    with pytest.raises(UserError, match="tokenizer.json: No such file.*check the path"):
         Tokenizer.from_folder(tmp_path / "missing")
 
+def test_load_model_fits_model_and_tokenizer(tmp_path):
+    n_ids = Tokenizer.from_folder(write_folder(tmp_path, "qwen")).n_ids
+    write_json(tmp_path / "config.json", CONFIG | {"vocab_size": n_ids})
+    write_safetensors(tmp_path / "model.safetensors", tiny_model(vocab_size=n_ids).tensors())
+    model, tokenizer = load_model(tmp_path, "cpu")
+    assert model.config.eos_ids == [*EOS, tokenizer.added["<|im_end|>"]]
+    new = {"id": n_ids, "content": "<new>", "special": True}
+    write_folder(tmp_path, "qwen", change=lambda spec: spec["added_tokens"].append(new))
+    with pytest.raises(UserError, match="no row for the token '<new>'"):
+        load_model(tmp_path, "cpu")
+
 CHATML = (
-    "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are helpful<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}"
     "{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
-LLAMA = (
-    "{{- bos_token }}\n{%- for m in messages %}\n    {{- '<|start_header_id|>' + m['role'] + "
-    "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}\n{%- endfor %}\n"
-    "{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}")
 R1 = (
     "{{bos_token}}{%- for m in messages %}{%- if m['role'] == 'user' %}"
     "{{'<｜User｜>' + m['content']}}{%- endif %}"
@@ -183,13 +189,8 @@ R1 = (
     "{% if add_generation_prompt %}{{'<｜Assistant｜>'}}{% endif %}")
 CHATS = {       # kind: (template, what it makes of CONVERSATION)
     "qwen": (CHATML, "".join((
-        "<|im_start|>system\nYou are helpful<|im_end|>\n<|im_start|>user\n The price? <|im_end|>\n",
-        "<|im_start|>assistant\n<think>x</think> 12<|im_end|>\n<|im_start|>user\nthe end",
-        "<|im_end|>\n<|im_start|>assistant\n"))),
-    "llama": (LLAMA, "".join((
-        "<|begin_of_text|>", HEADER.format("user"), "The price?<|eot_id|>",
-        HEADER.format("assistant"), "<think>x</think> 12<|eot_id|>", HEADER.format("user"),
-        "the end<|eot_id|>", HEADER.format("assistant")))),
+        "<|im_start|>user\n The price? <|im_end|>\n<|im_start|>assistant\n<think>x</think> 12",
+        "<|im_end|>\n<|im_start|>user\nthe end<|im_end|>\n<|im_start|>assistant\n"))),
     "r1": (R1, "".join((
         "<｜begin▁of▁sentence｜><｜User｜> The price? <｜Assistant｜> 12<｜end▁of▁sentence｜>",
         "<｜User｜>the end<｜Assistant｜>"))),
@@ -223,12 +224,26 @@ def test_a_message_never_makes_a_token_of_the_template(tmp_path, kind):
 
 def test_templates_that_fail(tmp_path):
     for template, words in (
-            (None, "no chat template; use --raw"), ("{{ raise_exception('roles') }}", "fails"),
-            ("{% if %}", "template fails"), ("{{ ''.__class__.__mro__ }}", "unsafe")):
+            ("{{ raise_exception('roles') }}", "fails"), ("{% if %}", "template fails"),
+            ("{{ ''.__class__.__mro__ }}", "unsafe")):
         tokenizer = Tokenizer.from_folder(write_folder(tmp_path, "smol", template))
         with pytest.raises(UserError, match=words):
             tokenizer.chat(CONVERSATION)
-    template = "{{ messages[0].content }} {{ strftime_now('%Y') }}"
-    (tmp_path / "chat_template.jinja").write_text(template, "utf-8")
-    ids = Tokenizer.from_folder(tmp_path).chat(CONVERSATION)
-    assert tokenizer.decode(ids) == f" The price?  {time.strftime('%Y')}"
+
+def test_what_a_template_may_use(tmp_path):
+    template = (
+        "{% for m in messages %}\n  {%- generation -%} {{ m.role }}: {{ m.content }}\n"
+        "{% endgeneration %}\n{% endfor %}{{ documents is none }} {{ tools is none }}"
+        " {{ strftime_now('%Y') }} {{ enable_thinking }}")
+    tokenizer = Tokenizer.from_folder(write_folder(tmp_path, "qwen", template))
+    year = time.strftime("%Y")
+    assert tokenizer.decode(tokenizer.prompt("12")) == f"user: 12\nTrue True {year} "
+    tokenizer.system = "Add."
+    tokenizer.template_args["enable_thinking"] = False
+    tokenizer.date = time.strptime("1999", "%Y")
+    text = tokenizer.decode(tokenizer.prompt("12"))
+    assert text == "system: Add.\nuser: 12\nTrue True 1999 False"
+    theirs = pytest.importorskip("transformers").PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    chat = [{"role": "system", "content": "Add."}, {"role": "user", "content": "12"}]
+    ids = theirs.apply_chat_template(chat, return_dict=False, enable_thinking=False)
+    assert tokenizer.encode(text.replace("1999", year)) == ids

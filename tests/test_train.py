@@ -124,11 +124,11 @@ def test_another_task_is_a_class_and_what_it_teaches_makes_the_base(monkeypatch)
 
 def test_a_notebook_stops_and_a_script_goes_on_as_if_nothing_had_happened():
     for metrics in train.train(Config(**TINY, out="half")):
-        if metrics["step"] == 1:
+        if metrics["step"] == 2:
             break
     with open("half/metrics.jsonl", "a") as file:
-        file.write('{"step": 2, "rew')                          # killed before its checkpoint
-    assert torch.load("half/checkpoint.pt")["step"] == 1
+        file.write('{"step": 3, "rew')                          # killed before its checkpoint
+    assert torch.load("half/checkpoint.pt")["step"] == 2
     assert call(train, "--resume", "half")[0] == 0
     assert result("half") == result("run")
     assert call(train, "--resume", "half", "--steps", 4)[0] == 0
@@ -163,25 +163,81 @@ def test_a_step_without_any_spread_says_why(monkeypatch):
 def test_an_unhealthy_step_is_reported(error, words, skipped, monkeypatch):
     """In step 2 the rollout reports other log-probs than those it has drawn with."""
     def generate(*arguments, **settings):
-        rollouts.append(rollout.generate(*arguments, **settings))
+        rollouts.append(rollout.generate_in_parts(*arguments, **settings))
         if len(rollouts) == 2:
             rollouts[1].logps += error
         return rollouts[-1]
 
     rollouts = []
-    monkeypatch.setattr(train, "generate", generate)
+    monkeypatch.setattr(train, "generate_in_parts", generate)
     _, _, err = run(out=f"off-{error}")
     assert words in err and "step 1: " not in err and "step 3: " not in err
     assert [metrics["skipped"] for metrics in lines(f"off-{error}/metrics.jsonl")] == skipped
     for tensor in read_safetensors(f"off-{error}/adapter.safetensors").values():
         assert tensor.isfinite().all()
 
+def test_a_step_in_which_hardly_an_answer_is_found_says_so(monkeypatch):
+    monkeypatch.setattr(evaluate, "extract_answer", lambda text: None)
+    assert "an answer was found in 0% of the responses" in run(steps=1, out="mute")[2]
+
+def test_rollouts_at_another_temperature_and_a_few_at_a_time():
+    """The log-probs are those at the temperature; how many rows decode together plays no role."""
+    run(out="cool", temperature=0.6)
+    run(out="cool-2", temperature=0.6, rollout_batch=5)
+    cool = lines("cool/metrics.jsonl")
+    assert all(metrics["logp_gap"] < 1e-4 for metrics in cool)
+    assert cool[0]["response_tokens"] != lines("run/metrics.jsonl")[0]["response_tokens"]
+    for one, other in zip(cool, lines("cool-2/metrics.jsonl")):
+        assert one["reward"] == other["reward"]
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+@pytest.fixture(scope="module")
+def moved(printed):
+    """`far/real`, a run with a model folder and a file of problems that were moved afterwards."""
+    copytree("run/base", "model")
+    Path("six.jsonl").write_text('{"problem": "12", "answer": 3}\n{"problem": "13", "answer": 4}')
+    code, _, err = run(model="model", data="six.jsonl", out="real", window=8, steps=2)
+    assert code == 0, err
+    Path("far").mkdir()
+    for name in ("real", "model", "six.jsonl"):
+        Path(name).rename(f"far/{name}")
+
+def test_a_run_can_be_moved_with_its_model_and_problems(moved, monkeypatch):
+    code, _, err = call(rollout, "--run", "far/real", "--prompt", "12")
+    assert code == 2 and "which is gone" in err and "--model DIR" in err
+    assert call(rollout, "--run", "far/real", "--model", "far/model", "--prompt", "12")[0] == 0
+    code, _, err = call(train, "--resume", "far/real", "--steps", 3, "--model", "far/model",
+                        "--data", "far/six.jsonl")
+    assert code == 0, err
+    monkeypatch.chdir("far/real")                               # and is found from anywhere
+    assert load_run(".")[3]["window"] == 8
+
+def test_a_run_does_not_go_on_with_another_model_or_other_problems(moved):
+    run(out="seed", seed=1, steps=1)
+    Path("other.jsonl").write_text('{"problem": "12", "answer": 3}\n')
+    for model, data in (("seed/base", "far/six.jsonl"), ("far/model", "other.jsonl")):
+        code, _, err = call(train, "--resume", "far/real", "--model", model, "--data", data)
+        assert code == 2 and "trained on another --model or --data" in err
+
+def test_a_run_is_written_by_one_process_at_a_time():
+    with evaluate.open_locked("run/metrics.jsonl"):
+        code, _, err = call(train, "--resume", "run", "--steps", 4)
+        assert code == 2 and "another process is writing" in err
+    assert len(lines("run/metrics.jsonl")) == 3
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch):
+    def generate(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "generate_in_parts", generate)
+    code, _, err = run(out="stopped")
+    assert code == 130 and "python train.py --resume stopped" in err
+
 def test_out_of_memory_names_the_flags_to_lower(monkeypatch):
     def generate(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(train, "generate", generate)
+    monkeypatch.setattr(train, "generate_in_parts", generate)
     code, _, err = run(out="large")
-    assert code == 2 and err.startswith("train.py: out of memory: lower --micro-batch")
+    assert code == 2 and err.startswith("train.py: out of memory: lower --rollout-batch")
 
 def test_wandb_gets_what_metrics_jsonl_gets(monkeypatch):
     logged = []
@@ -226,7 +282,7 @@ MISTAKES = [                                # script, its command line, words of
     (train, "--seed -1", "--seed"),
     (train, "--adapter lora --rank 4", "--rank 4 --global-tokens 4"),
     (train, "--device cuda", "--device cuda"),
-    (train, "--wandb", "--wandb pip install wandb"),
+    (train, "--wandb", "wandb pip install wandb"),
     (train, "--out run", "run exists --resume run"),
     (train, "--resume nowhere", "nowhere/config.json"),
     (train, "--resume run/base", "run/base/config.json train.py"),
@@ -237,12 +293,14 @@ MISTAKES = [                                # script, its command line, words of
     (train, "--merge lora", "lora --out DIR"),
     (train, "--model run/base", "run/base tally JSONL"),
     (train, MODEL + "nowhere", "nowhere"),
-    (train, MODEL + "short", "short/model.safetensors: cut short"),
+    (train, MODEL + "short", "short/model.safetensors damaged git lfs pull"),
     (train, MODEL + "gpt2", "gpt2/config.json 'gpt2'"),
     (train, FILE + "nowhere.jsonl", "nowhere.jsonl"),
     (train, FILE + "empty.jsonl", "empty.jsonl no problems"),
-    (train, FILE + "cut.jsonl", "cut.jsonl 1 'problem' 'answer'"),
-    (train, FILE + "letters.jsonl", "prompt"),
+    (train, FILE + "cut.jsonl", "cut.jsonl, line 1 'problem' 'answer'"),
+    (train, FILE + "letters.jsonl", "letters.jsonl, line 1 empty"),
+    (train, FILE + "long.jsonl", "long.jsonl, line 2 5000 --max-new-tokens"),
+    (train, "--out new --template-args {", "--template-args JSON"),
     (rollout, ASK, "--model --run"),
     (rollout, "--run run", "--prompt"),
     (rollout, ASK + "--run run --window 3", "--window 3"),
@@ -262,6 +320,8 @@ def damaged(lora):
     Path("broken/adapter.safetensors").unlink()
     write_json("gpt2/config.json", {"model_type": "gpt2"})
     texts = {"empty": "\n", "cut": '{"problem": "12', "letters": '{"problem": "abc", "answer": 1}'}
+    rows = [{"problem": "1" * n, "answer": 1} for n in (1, 5000)]
+    texts["long"] = "\n".join(map(json.dumps, rows))
     for name, text in texts.items():
         Path(f"{name}.jsonl").write_text(text)
 
