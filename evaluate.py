@@ -390,7 +390,7 @@ def read_records(path, settings):
 
 @dataclass
 class ProblemSet:
-    """A problem set and how it is measured: samples per problem, k of pass@k, temperature."""
+    """Problems, and how they are measured: samples for each, k of pass@k, temperature."""
     problems: list
     n_samples: int
     k: int
@@ -401,22 +401,29 @@ class ProblemSet:
         """The score that the table shows."""
         return f"pass@{self.k}" if self.k > 1 else "accuracy"
 
-def load_set(name, data_dir, limit, samples, pass_at, temperature):
+def load_set(name, args):
     """A JSONL file or the name of a benchmark -> (short name, ProblemSet). Raises UserError."""
-    file, n_samples, tolerance = BENCHMARKS.get(name, (name, 1, 0))
-    path = Path(data_dir, file) if name in BENCHMARKS else Path(name)
+    file, default, tolerance = BENCHMARKS.get(name, (name, 1, 0))
+    path = Path(args.data_dir, file) if name in BENCHMARKS else Path(name)
     if not path.is_file():
         raise UserError(f"no file {path}; give --data FILE.jsonl, or --data-dir DIR and one of "
                         f"{', '.join(BENCHMARKS)}")
-    k = pass_at or min(n_samples, samples or n_samples)
-    n_samples = samples or n_samples
-    if temperature < 0:
+    n_samples = args.samples or default
+    k = args.pass_at or min(n_samples, default)
+    temperature = args.temperature
+    if temperature is None:
         temperature = 0.6 if n_samples > 1 else 0.0
     if k > n_samples or n_samples > 1 and temperature == 0:
         raise UserError(f"--data {name}: --samples must be at least --pass-at, and several "
                         "samples need a --temperature above 0")
-    problems = load_problems(path, tolerance)[:limit or None]
+    problems = load_problems(path, tolerance)[:args.limit or None]
     return Path(name).stem, ProblemSet(problems, n_samples, k, temperature)
+
+def problem_prompts(model, tokenizer, problems, template, max_new_tokens):
+    """The prompts of problems. Raises UserError that names the line of one that is too long."""
+    prompts = [problem_ids(tokenizer, problem, template) for problem in problems]
+    check_prompts(model, prompts, max_new_tokens, [problem["source"] for problem in problems])
+    return prompts
 
 def find_arms(model, runs):
     """{run, or model before training: (name of the arm, config of the run or None)}. Runs of the
@@ -432,25 +439,24 @@ def find_arms(model, runs):
         arms[run] = name, config
     return arms
 
-def problem_prompts(model, tokenizer, problems, template, max_new_tokens):
-    """The prompts of problems. Raises UserError that names the line of one that is too long."""
-    prompts = [problem_ids(tokenizer, problem, template) for problem in problems]
-    check_prompts(model, prompts, max_new_tokens, [problem["source"] for problem in problems])
-    return prompts
-
-def answer_problems(loaded, common, prompts, problems, todo, batch, seed, grader, **sampling):
+def answer_problems(loaded, common, problem_set, todo, args):
     """Yields the records of a batch. todo: [(number of the problem, sample)]. common: what stands
     in every record. Each sample has a seed of its own, so it does not depend on the others."""
     model, encoder, tokenizer = loaded
+    problems = problem_set.problems
+    prompts = problem_prompts(model, tokenizer, problems, args.prompt_template,
+                              args.max_new_tokens)
     todo = sorted(todo, key=lambda pair: -len(prompts[pair[0]]))            # longest prompts first
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     title = f"{common['arm']}, {common['data']}, window {common['window'] or 'full'}"
-    for start in tqdm(range(0, len(todo), batch), desc=title):
-        chosen = todo[start:start + batch]
-        seeds = [(seed * 100_000 + number) * 1000 + sample for number, sample in chosen]
-        rollout = generate(model, encoder, [prompts[number] for number, _ in chosen], seeds=seeds,
-                           window=common["window"], **sampling)
-        records = grade_rollout([problems[i] for i, _ in chosen], rollout, tokenizer, grader)
+    for start in tqdm(range(0, len(todo), args.batch), desc=title):
+        chosen = todo[start:start + args.batch]
+        rollout = generate(
+            model, encoder, [prompts[number] for number, _ in chosen], window=common["window"],
+            evict_ratio=args.evict_ratio, max_new_tokens=args.max_new_tokens,
+            temperature=problem_set.temperature,
+            seeds=[(args.seed * 100_000 + number) * 1000 + sample for number, sample in chosen])
+        records = grade_rollout([problems[i] for i, _ in chosen], rollout, tokenizer, args.grader)
         for record, (number, sample) in zip(records, chosen):
             record.update(common, number=number, sample=sample,
                           cache_mb=rollout.cache_mb / len(chosen),
@@ -505,36 +511,41 @@ def draw(rows, path):
     axes.legend()
     figure.savefig(path)
 
-def compare(model="", runs=(), data=(), *, data_dir="data", limit=0, windows=(), max_new_tokens=0,
-            samples=0, temperature=-1.0, pass_at=0, prompt_template="", system="",
-            template_args="", batch=32, json_path="", plot="", seed=0, dtype="auto",
-            device="auto", evict_ratio=-1.0, grader="auto"):
-    """Measures all arms on all data under all windows (0, -1, "": see --help). Writes json_path
+WITHOUT_RUNS = {"window": 0, "max_new_tokens": 512, "evict_ratio": 0.25}
+
+def settle(args, configs):
+    """What the command line leaves open is as in the runs, alike for all arms."""
+    if not args.windows:
+        args.windows = sorted({config["window"] for config in configs})
+    if not args.max_new_tokens:
+        args.max_new_tokens = max(config["max_new_tokens"] for config in configs)
+    for name in ("evict_ratio", "prompt_template", "system", "template_args"):
+        if getattr(args, name) is None:
+            setattr(args, name, configs[0].get(name, ""))
+    for window in args.windows:
+        eviction_size(window, args.evict_ratio)
+    if LIBRARY is None:
+        args.grader = "builtin"
+
+def compare(args):
+    """Measures all arms on all data under all windows, as `evaluation_args` says. Writes args.json
     and, beside it, a .jsonl with a record per sample. Returns the table in Markdown."""
-    if plot:
+    if args.plot:
         import matplotlib.pyplot        # if it is missing, fail now and not at the end
-    if not (model or runs) or not data or batch < 1 or min(limit, samples, seed) < 0:
+    if not (args.model or args.runs) or not args.data or min(args.batch - 1, args.limit) < 0:
         raise UserError("give --model DIR or --runs RUN, --data FILE.jsonl or one of "
                         f"{', '.join(BENCHMARKS)}, and no negative number")
-    arms = find_arms(model, runs)
-    configs = [config for _, config in arms.values() if config]
-    configs = configs or [{"window": 0, "max_new_tokens": 512, "evict_ratio": 0.25}]
-    windows = list(windows) or sorted({config["window"] for config in configs})
-    max_new_tokens = max_new_tokens or max(config["max_new_tokens"] for config in configs)
-    ratio = evict_ratio if evict_ratio >= 0 else configs[0]["evict_ratio"]
-    for window in windows:
-        eviction_size(window, ratio)
-    chat = {"prompt_template": prompt_template, "system": system, "template_args": template_args}
-    for name in chat:
-        chat[name] = chat[name] or configs[0].get(name, "")
-    sets = dict(load_set(name, data_dir, limit, samples, pass_at, temperature) for name in data)
-    grader = "builtin" if LIBRARY is None else grader
-    settings = {"grader": f"math-verify {LIBRARY}" if grader == "auto" else "builtin", "seed": seed,
-                "max_new_tokens": max_new_tokens, "evict_ratio": ratio, "dtype": dtype, **chat}
+    arms = find_arms(args.model, args.runs)
+    settle(args, [config for _, config in arms.values() if config] or [WITHOUT_RUNS])
+    sets = dict(load_set(name, args) for name in args.data)
+    settings = {"grader": f"math-verify {LIBRARY}" if args.grader == "auto" else "builtin"}
+    for name in ("seed", "max_new_tokens", "evict_ratio", "dtype", "prompt_template", "system",
+                 "template_args"):
+        settings[name] = getattr(args, name)
     for name, problem_set in sets.items():
         settings[name] = [problem_set.n_samples, problem_set.temperature,
                           problems_hash(problem_set.problems)]
-    path = Path(json_path or "runs/eval.json")
+    path = Path(args.json)
     lines_path = path.with_suffix(".jsonl")
     if path.suffix != ".json" or path.exists() and not lines_path.exists():
         raise UserError(f"--json {path}: give a new name that ends in .json")
@@ -543,38 +554,36 @@ def compare(model="", runs=(), data=(), *, data_dir="data", limit=0, windows=(),
     records = read_records(lines_path, settings)
     for place, (arm, config) in arms.items():
         loaded = None
-        for window, name in itertools.product(windows, sets):
-            problems = sets[name].problems
-            pairs = itertools.product(range(len(problems)), range(sets[name].n_samples))
-            todo = [pair for pair in pairs if (place, window, name, *pair) not in records]
+        for window, name in itertools.product(args.windows, sets):
+            numbers = range(len(sets[name].problems))
+            todo = [pair for pair in itertools.product(numbers, range(sets[name].n_samples))
+                    if (place, window, name, *pair) not in records]
             if not todo:
                 continue
             if not loaded and config:
-                loaded = load_run(place, model, device, dtype)[:3]
+                loaded = load_run(place, args.model, args.device, args.dtype)[:3]
             elif not loaded:
-                base, tokenizer = load_model(place, device, dtype)
-                loaded = base, None, tokenizer
-            set_chat_format(loaded[2], chat)
-            prompts = problem_prompts(loaded[0], loaded[2], problems, chat["prompt_template"],
-                                      max_new_tokens)
+                model, tokenizer = load_model(place, args.device, args.dtype)
+                loaded = model, None, tokenizer
+            set_chat_format(loaded[2], vars(args))
             common = {"arm": arm, "model": place, "window": window, "data": name}
-            for found in answer_problems(loaded, common, prompts, problems, todo, batch, seed,
-                                         grader, max_new_tokens=max_new_tokens,
-                                         temperature=sets[name].temperature, evict_ratio=ratio):
+            for found in answer_problems(loaded, common, sets[name], todo, args):
                 records |= {key(record): record for record in found}
                 append(lines_path, found)
     rows = []
     for arm in dict.fromkeys(arm for arm, _ in arms.values()):
         models = [place for place, (name, _) in arms.items() if name == arm]
-        rows.extend(table_row(arm, window, models, sets, records, grader) for window in windows)
+        for window in args.windows:
+            rows.append(table_row(arm, window, models, sets, records, args.grader))
     write_json(path, {"grader": settings["grader"], "settings": settings, "rows": rows})
-    if plot:
-        draw(rows, plot)
+    if args.plot:
+        draw(rows, args.plot)
     text = markdown(rows, sets)
     path.with_suffix(".md").write_text(text)
     return text
 
-def main():
+def evaluation_args(argv=None):
+    """The settings of an evaluation, from the command line or a list of flags."""
     parser = ArgumentParser(description="Measures models and runs on problems: the table of arms.")
     add = parser.add_argument
     add("--model", default="", help="folder or Hugging Face id; default: that of the runs")
@@ -582,24 +591,27 @@ def main():
     add("--data", nargs="+", default=[], help=f"JSONL files, or: {', '.join(BENCHMARKS)}")
     add("--data-dir", default="data", help="folder with the files of the named sets")
     add("--limit", type=int, default=0, help="only the first so many problems; 0: all")
-    add("--window", type=int, nargs="+", default=[], dest="windows", metavar="W",
+    add("--window", type=int, nargs="+", dest="windows", metavar="W",
         help="response tokens kept, 0: all; default: as in the runs")
-    add("--max-new-tokens", type=int, default=0, help="longest response; 0: as the runs, else 512")
-    add("--samples", type=int, default=0, help="responses per problem; 0: 16 for AIME, else 1")
-    add("--temperature", type=float, default=-1.0, help="-1: 0.6 for several samples, else 0")
-    add("--pass-at", type=int, default=0, help="k of pass@k and maj@k; 0: 16 for AIME, else 1")
-    add("--prompt-template", default="", help="text with {problem} in it; default: as in the runs")
-    add("--system", default="", help="system message of the chat format; default: as in the runs")
-    add("--template-args", default="", help="JSON for the chat template; default: as in the runs")
+    add("--evict-ratio", type=float, help="share that leaves; default: as in the run, else 0.25")
+    add("--max-new-tokens", type=int, help="longest response; default: as in the runs, else 512")
+    add("--samples", type=int, help="responses per problem; default: 16 for AIME, else 1")
+    add("--temperature", type=float, help="default: 0.6 for several samples, else 0")
+    add("--pass-at", type=int, help="k of pass@k and maj@k; default: 16 for AIME, else 1")
+    add("--prompt-template", help="text with {problem} in it; default: as in the run")
+    add("--system", help="system message of the chat format; default: as in the run")
+    add("--template-args", help="JSON for the chat template; default: as in the run")
     add("--batch", type=int, default=32, help="rows that are decoded at a time")
-    add("--json", default="", dest="json_path", help="file for the scores; default: runs/eval.json")
+    add("--json", default="runs/eval.json", help="file for the scores")
     add("--plot", default="", help="FILE.png: accuracy over memory (pip install matplotlib)")
     add("--seed", type=int, default=0, help="other samples")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
-    add("--evict-ratio", type=float, default=-1.0, help="-1: as in the run, else 0.25")
     add("--grader", default="auto", choices=("auto", "builtin"), help="builtin: no math-verify")
-    print(compare(**vars(parser.parse_args())))
+    return parser.parse_args(argv)
+
+def main():
+    print(compare(evaluation_args()))
 
 if __name__ == "__main__":
     run_script(main)

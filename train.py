@@ -33,8 +33,8 @@ from tqdm import tqdm
 from cache import eviction_size
 from encoder import (ADAPTERS, MEMORY_UPDATES, attach_by_config, base_folder, load_run,
                      merge_adapter, read_config, save_adapter, set_chat_format)
-from evaluate import (ProblemFile, append, compare, extract_answer, grade_rollout, open_locked,
-                      problem_ids, problem_prompts, problems_hash)
+from evaluate import (ProblemFile, append, compare, evaluation_args, extract_answer, grade_rollout,
+                      open_locked, problem_ids, problem_prompts, problems_hash)
 from grpo import grpo_step
 from model import (ArgumentParser, ModelConfig, Tokenizer, Transformer, UserError, atomic_write,
                    load_model, pick_device, read_json, run_script, write_json, write_safetensors)
@@ -232,12 +232,12 @@ def make_base(folder, task, config, device):
     made_for = [config.base_steps, task.characters, list(task.counts), *example]
     if folder.exists() and read_json(folder / "config.json", {}).get("made_for") == made_for:
         return
-    shutil.rmtree(folder, ignore_errors=True)               # made for another task, or not complete
-    folder.mkdir(parents=True)
+    made = Path(f"{folder}.{os.getpid()}")                  # another run may make the same one now
+    made.mkdir(parents=True)
     torch.manual_seed(config.seed)
     rng = np.random.default_rng([config.seed, 0])
-    write_tiny_tokenizer(folder, task.characters)
-    tokenizer = Tokenizer.from_folder(folder)
+    write_tiny_tokenizer(made, task.characters)
+    tokenizer = Tokenizer.from_folder(made)
     raw = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=96,
                num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=24,
                intermediate_size=256, rope_theta=100.0, max_position_embeddings=4096,
@@ -265,8 +265,10 @@ def make_base(folder, task, config, device):
         optimizer.param_groups[0]["lr"] = 6e-3 * min((step + 1) / 30, decay)
         optimizer.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
-    write_safetensors(folder / "model.safetensors", model.tensors())
-    write_json(folder / "config.json", raw)                 # last: now the folder is complete
+    write_safetensors(made / "model.safetensors", model.tensors())
+    write_json(made / "config.json", raw)
+    shutil.rmtree(folder, ignore_errors=True)               # made for another task
+    made.rename(folder)
 
 # ------------------------------------------------------------------ several processes, checkpoints
 
@@ -491,11 +493,13 @@ def print_table(config):
         old.unlink()
     files = []
     for K in task.counts:
-        files.append(out / f"{config.data}-{K}.jsonl")
+        files.append(f"{out}/{config.data}-{K}.jsonl")
         append(files[-1], [task.problem(K, rng) for _ in range(config.test_problems)])
-    print(compare(runs=[out], data=files, windows=sorted({0, config.window}), max_new_tokens=64,
-                  batch=config.test_problems, device=config.device, dtype=config.dtype,
-                  json_path=out / "table.json", grader="builtin"))
+    windows = sorted({"0", str(config.window)})
+    print(compare(evaluation_args([
+        "--runs", str(out), "--data", *files, "--window", *windows, "--json", f"{out}/table.json",
+        "--max-new-tokens", "64", "--batch", "500", "--grader", "builtin",
+        "--device", config.device, "--dtype", config.dtype])))
     rows = read_json(out / "table.json")["rows"]
     K = max(task.train_counts)
     found = [row["scores"][f"{config.data}-{K}"]["accuracy"][0] for row in rows

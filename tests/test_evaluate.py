@@ -15,7 +15,7 @@ import pytest
 import evaluate
 from conftest import CONFIG, tiny_encoder, tiny_model
 from encoder import save_adapter
-from evaluate import (BENCHMARKS, ProblemFile, append, compare, find_arms, grade, interval,
+from evaluate import (BENCHMARKS, ProblemFile, append, evaluation_args, find_arms, grade, interval,
                       load_problems, load_set, majority, open_locked, pass_at_k, problem_ids,
                       problem_scores)
 from model import UserError, write_json, write_safetensors
@@ -67,6 +67,14 @@ def variant(run, to, **changes):
     return to
 
 SMALL = dict(max_new_tokens=24, device="cpu", grader="builtin", evict_ratio=0.5)
+
+def compare(runs, data, **settings):
+    """evaluate.compare for settings as a dict."""
+    argv = []
+    for name, value in dict(runs=runs, data=data, **settings).items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        argv += ["--" + name.replace("_", "-"), *map(str, values)] if values else []
+    return evaluate.compare(evaluate.evaluation_args(argv))
 
 # ---- scores
 
@@ -175,7 +183,8 @@ def test_each_benchmark_has_samples_and_tolerance_of_its_own(tmp_path):
     right = []
     for name, (file, *_) in BENCHMARKS.items():
         (tmp_path / file).write_text('{"problem": "?", "answer": "1.6"}\n' * 3)
-        short, found = load_set(name, tmp_path, 2, 0, 0, -1)
+        flags = ["--data-dir", str(tmp_path), "--limit", "2"]
+        short, found = load_set(name, evaluation_args(flags))
         several = "aime" in name
         assert short == name and len(found.problems) == 2
         assert (found.n_samples, found.k) == ((16, 16) if several else (1, 1))
@@ -184,7 +193,7 @@ def test_each_benchmark_has_samples_and_tolerance_of_its_own(tmp_path):
             right.append(name)
     assert right == ["minerva"]
     with pytest.raises(UserError, match="--data-dir"):
-        load_set("gsm8k", tmp_path / "none", 0, 0, 0, -1)
+        load_set("gsm8k", evaluation_args([]))
 
 def test_the_prompt_of_a_problem():
     """The template given, else a request for a box, but the bare problem to a base model."""
@@ -213,8 +222,8 @@ def table(trained, data, tmp_path, coin):
     """Two runs that differ in the seed, two data sets, two windows -> (JSON, Markdown, records)."""
     other = variant(trained, tmp_path / "other", seed=1)
     path = tmp_path / "table.json"
-    text = compare("", [trained, other], [data / "six.jsonl", "aime24"], data_dir=data, samples=3,
-                   windows=(0, 8), json_path=path, temperature=1.0, **SMALL)
+    text = compare([trained, other], [data / "six.jsonl", "aime24"], data_dir=data, samples=3,
+                   window=(0, 8), json=path, temperature=1.0, **SMALL)
     lines = path.with_suffix(".jsonl").read_text().splitlines()
     return json.loads(path.read_text()), text, [json.loads(line) for line in lines]
 
@@ -243,8 +252,8 @@ def test_every_number_of_the_table_is_that_of_the_records(table):
 def test_a_sample_depends_on_its_seed_alone(table, trained, data, tmp_path, coin):
     def responses(name, **changes):
         path = tmp_path / f"{name}.json"
-        settings = SMALL | dict(windows=[8], samples=3, temperature=1.0) | changes
-        compare("", [trained], [data / "six.jsonl"], json_path=path, **settings)
+        settings = SMALL | dict(window=[8], samples=3, temperature=1.0) | changes
+        compare([trained], [data / "six.jsonl"], json=path, **settings)
         lines = path.with_suffix(".jsonl").read_text().splitlines()[1:]
         records = [json.loads(line) for line in lines]
         assert all(r["tokens"] == 24 for r in records if r["truncated"])
@@ -267,8 +276,8 @@ def test_work_is_not_lost_nor_done_twice(trained, data, tmp_path, coin, monkeypa
 
     def run(**changes):
         calls.clear()
-        settings = SMALL | dict(windows=[8], batch=4, json_path=path) | changes
-        return compare("", [trained], [data / "six.jsonl"], **settings)
+        settings = SMALL | dict(window=[8], batch=4, json=path) | changes
+        return compare([trained], [data / "six.jsonl"], **settings)
 
     def contents(lines):
         """{key: response}; the memory of a sample depends on the others in its batch."""
@@ -291,7 +300,7 @@ def test_work_is_not_lost_nor_done_twice(trained, data, tmp_path, coin, monkeypa
                     dict(limit=3), dict(evict_ratio=0.25)):
         with pytest.raises(UserError, match="results of other settings"):
             run(**changes)
-    run(windows=[8, 0])                                         # another window is just added
+    run(window=[8, 0])                                         # another window is just added
     assert sum(calls) == 12
     with open_locked(path.with_suffix(".jsonl")):               # another process is at it
         with pytest.raises(UserError, match="another process"):
@@ -310,12 +319,12 @@ def test_a_full_disk_is_named():
 
 @pytest.mark.parametrize("settings, words", [
     (dict(runs=[]), "--model --runs"), (dict(data=[]), "math500"), (dict(batch=0), "number"),
-    (dict(windows=[3]), "window 3"), (dict(samples=4, temperature=0.0), "--samples --temperature"),
-    (dict(samples=4, pass_at=16), "--pass-at --samples"), (dict(json_path="x.txt"), "x.txt .json"),
+    (dict(window=[3]), "window 3"), (dict(samples=4, temperature=0.0), "--samples --temperature"),
+    (dict(samples=4, pass_at=16), "--pass-at --samples"), (dict(json="x.txt"), "x.txt .json"),
     (dict(max_new_tokens=9999), "six.jsonl, line 1 9999"),
     (dict(runs=["nowhere"]), "nowhere/config.json")])
 def test_mistakes_are_refused(trained, data, tmp_path, monkeypatch, settings, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as refusal:
-        compare("", **(SMALL | dict(runs=[trained], data=[data / "six.jsonl"]) | settings))
+        compare(**(SMALL | dict(runs=[trained], data=[data / "six.jsonl"]) | settings))
     assert all(word in str(refusal.value) for word in words.split())
