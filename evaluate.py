@@ -15,18 +15,17 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import math
+import multiprocessing
 import re
-import subprocess
-import sys
-from collections import Counter
+import signal
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Timer
 
 import numpy as np
 from tqdm import tqdm
@@ -116,59 +115,50 @@ class ProblemFile:
 # ------------------------------------------------------------------- finding and comparing answers
 
 MAX_ANSWER = 500                        # characters; the longest gold answer has 210
-BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-BRACE = re.compile(r"\\.|[{}]", re.S)   # a backslash takes the next character along: \{ is no brace
-PHRASE = re.compile(r"\bthe (?:final |correct )?answer is:?|\banswer(?:\*\*)?:|#{4,}", re.I)
-SENTENCE_END = re.compile(r"\n|\.(?=\**(?:\s|$))")                              # but not in 3.5
-MARKUP = re.compile(r"(?<![\w)])\*\*|\*\*(?![\w(])|\\?\$|(?<!\\)\\[()\[\]]")    # **bold** $ \( \[
+PHRASE = re.compile(r"(?s:.*)(?:\bthe (?:final |correct )?answer is:?|\banswer(?:\*\*)?:|####)"
+                    r"[\s*$]*([^\s*$].{0,499}?)(?:[.*$ \r]{0,4}(?:\n|$)|\.\**\s)", re.I)
 
 def extract_answer(text):
     """The final answer of a completion (without its prompt, which may hold boxes), or None: the
-    last complete box, else what follows "the answer is", "answer:" or "####"."""
-    after_thinking = text.rpartition("</think>")[2]
-    text = after_thinking if after_thinking.strip() else text
-    text = text[-100_000:]                                      # the answer stands at the end
-    for piece in reversed(BOX.split(text)[1:]):
+    last complete box that is not empty, else what follows "the answer is", "answer:", "####"."""
+    text = (text.rpartition("</think>")[2].strip() or text)[-100_000:]
+    boxes = []
+    for piece in reversed(re.split(r"\\(?:boxed|fbox)\s*\{", text)[1:]):
+        content = ""                                            # of a box that is not complete
         depth = 1
-        for brace in BRACE.finditer(piece[:MAX_ANSWER]):
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        for brace in re.finditer(r"(?<!\\)[{}]", piece[:MAX_ANSWER]):
+            depth += 1 if brace[0] == "{" else -1
             if depth == 0:
-                return piece[:brace.start()].strip()
-    for piece in reversed(PHRASE.split(text)[1:]):
-        sentence = SENTENCE_END.split(piece.lstrip(" *$\t\r\n")[:MAX_ANSWER], maxsplit=1)[0]
-        answer = MARKUP.sub("", sentence).strip(" *\r").rstrip(".")
-        if answer:
-            return answer
-    return None
+                content = piece[:brace.start()]
+                break
+        if boxes and not re.fullmatch(r"[\s$,]*(?:,|and|or)[\s$]*", piece[len(content) + 1:]):
+            break                                               # \boxed{2} and \boxed{3} is a list
+        if content.strip():
+            boxes.insert(0, content.strip())
+    phrase = PHRASE.match(text)
+    return ", ".join(boxes) or (phrase and phrase[1])
 
-SYMBOLS = str.maketrans({
-    "−": "-", "×": r"\times ", "·": r"\cdot ", "π": r"\pi ", "°": " degree",
-    "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "²": "^2", "³": "^3"})
-SPELLINGS = (                                                   # pattern, usual spelling
-    (r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])\.?|(?<!\\)\\[()\[\]]", ""),
-    (r"(?<=[0-9])(?:,\\!\s*|\{,\}|\\,)(?=[0-9]{3}(?![0-9]))", ""),              # 10,\!080  10{,}080
-    (r"(?:(?<!\\)\\[,!;: ]|\\q?quad(?![A-Za-z])|[~\s])+", " "),
-    (r"^\\?\$ ?([0-9.,]+)$", r"\1 dollar"),
-    (r"\^\{?\\circ\}?|\\degree", " degree"),
-    (r"\\?%$", " percent"),
-    (r"\\?\$|\\(?:text[a-z]*|mbox|mathrm|operatorname) ?\{([^{}]*)\}", r" \1 "),
-    (r"(?:[,;] *)?\b(?:and|or)\b|;", ","),
-    (r"\\[dtc]?frac(?![A-Za-z]) ?([0-9])", r"\\frac{\1}"),                       # \frac12
-    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-    (r"(\\frac\{[^{}]*\}) ?([0-9])", r"\1{\2}"),
-    (r"(?<![\\A-Za-z])(sqrt|pi|ln|log|exp|sin|cos|tan)(?![A-Za-z])", r"\\\1"),
-    (r"\\sqrt ?(?:\(([^()]*)\)|([0-9a-z])(?![0-9]))", r"\\sqrt{\1\2}"),
-    (r"\\([gln])eq(?:slant)?(?![A-Za-z])", r"\\\1e"),
+REWRITES = (                                                    # pattern, usual spelling
+    (r"\\(?:left|right|displaystyle|large|limits)(?![a-z])|(?<!\\)\\[()\[\]]|\\!\s*|\.(?=/)", ""),
+    (r"(?<=\\)[dt](?=frac)|(?<=\\)l(?=dots)|(?<=\\[gln]e)q(?:slant)?(?![a-z])", ""),     # \dfrac
+    (r"−", "-"),
+    (r"\^\{?\\circ\}?| ?degrees?\b", "°"),
+    (r"^\s*\\?\$([\d.,]+)\s*$", r"\1 dollar"),
+    (r"\\?\$|\\(?:text[a-z]*|mbox|mathrm|mathbf|operatorname) ?\{([^{}]*)\}", r" \1 "),
+    (r"(?:, *)?\b(?:and|or)\b", ","),
+    (r"\\(frac|sqrt(?! ?\d\d)) ?(\d)", r"\\\1{\2}"),            # \frac12
+    (r"(\\frac\{[^{}]*\}) ?(\d)", r"\1{\2}"),
+    (r"\{([^{}]*?) ?\\over(?![a-z]) ?([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"([_^])\{(\w)\}(?!\w)", r"\1\2"),
-    (r" +", " "),
-    (r"^ | ?\.? ?$| (?=[_=])|(?<=[_=]) ", ""),
-    (r"^\(([^(),]*)\)$|^\\\{((?:(?!\\\}).)*)\\\}$", r"\1\2"),                   # (C) is C, \{5\} 5
-    (r"^0+(?=[0-9])", ""))                                                      # 042 is 42
-UNIT = re.compile(r"""(?<=[0-9)}])\ ?(?:(?:degree|percent|dollar|cent|meter|mile|hour|minute|second
-    |day|week|year|unit|mph|ft|[cmk]m|[mk]g|ml)s?|m/s|feet|people)(?:\ ?\^[23])?$""", re.X | re.I)
-NAME = re.compile(r"^\\?[A-Za-z]+(?:_\w)?(?:\(\w\))?(?:=|\ ?\\in\ )(?!.*(?:[=<>]|\\[gln]e))")
-NUMBER = re.compile(r"""[-+]?(?!0[0-9])(?:[0-9]+/0*[1-9][0-9]*
-    |(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]{1,3})?)""", re.X | re.I)
+    (r"^\s*([-+]?[1-9]\d?\d?),(\d{3})(?:,(\d{3}))?(?:,(\d{3}))?(?![\w,])", r"\1\2\3\4"),  # 1,000
+    (r"(?:(?<!\\)\\[,;: ]|\\q?quad|[~\s])+", " "),
+    (r"(\\[A-Za-z]+ (?=[A-Za-z])|\d (?=\d|e ?\d))| ", r"\1"),   # but \pi r, and 12 3
+    (r"^=|^0+(?=\d)|(?<![.,])[.,]$", ""),                       # 042 is 42
+    (r"^\(([^(),]*)\)$|^\\(?:\{|lbrace ?)((?:(?!\\\}).)*?)\\(?:\}|rbrace)$", r"\1\2"))  # (C) is C
+NAME = re.compile(r"^[|\\]?[A-Za-z]\w*(?:_\{[^}]*\}|\(\w+\)|\|)?(?:=|\\in\b)(?!.*[=<>]|.*\\[gln]e)")
+UNIT = re.compile(r"(?<=[\d)}])\\?(%|°|dollar|cent|inch|feet|mile|meter|[cmk]m|[mk]g|m[lL]|ft"
+                  r"|hour|minute|second|day|week|month|year|unit|percent|m/s|mph)(?:e?s)?(\^\d)?$")
+NUMBER = re.compile(r"(?<![^,(\[])[-+]?(?!0\d)(?:\d+/[1-9]\d*|\d*\.?\d+(?:e-?\d{1,3})?)(?![^,)\]])")
 
 @lru_cache(maxsize=10_000)              # train.py asks twice about every response
 def same_answer(gold, prediction, tolerance=0.0, grader="auto"):
@@ -176,113 +166,67 @@ def same_answer(gold, prediction, tolerance=0.0, grader="auto"):
     "builtin", or "auto" to ask math-verify as well, where it is installed."""
     if not prediction or max(len(gold), len(prediction)) > MAX_ANSWER:
         return False
-    a, a_unit = undress(gold)
-    b, b_unit = undress(prediction)
-    if a_unit and b_unit and a_unit != b_unit:                  # but 5 cm and 5 are equal
-        return False
-    if len({*NAME.findall(a), *NAME.findall(b)}) == 1:          # x=5 and 5 are equal
-        a = NAME.sub("", a)
-        b = NAME.sub("", b)
+    a = undress(gold)
+    b = undress(prediction)
+    for part in (NAME, UNIT):                                   # x=5 is 5, and so is 5 cm,
+        if len({*part.findall(a), *part.findall(b)}) > 1:       # but not y=5, or 5 km
+            return False
+        a = part.sub("", a)
+        b = part.sub("", b)
     x = canonical(a)
     y = canonical(b)
-    if isinstance(x, Fraction) and isinstance(y, Fraction):
-        return abs(x - y) <= Fraction(tolerance) * max(abs(x), abs(y))
-    if x == y:
-        return x != ""
-    return grader == "auto" and LIBRARY is not None and ask_library(a, b)
+    if NUMBER.fullmatch(x) and NUMBER.fullmatch(y):
+        return abs(Fraction(x) - Fraction(y)) <= Fraction(tolerance) * abs(Fraction(x))
+    return x == y or grader == "auto" and LIBRARY is not None and ask_library(a, b)
 
 def undress(text):
-    """(the text in the usual spelling, its unit or "")"""
-    text = text.translate(SYMBOLS).strip()
-    for pattern, usual in SPELLINGS:
+    """The text in the usual spelling. Even is even, but E is not e."""
+    for pattern, usual in REWRITES:
         text = re.sub(pattern, usual, text)
-    if re.fullmatch(r"[A-Z][a-z]{3,}[ a-z0-9]*", text):         # Even is even, but E is not e
-        text = text.lower()
-    unit = UNIT.search(text)
-    return (text[:unit.start()], unit[0].strip().lower().rstrip("s")) if unit else (text, "")
-
-def number(text):
-    r"""The exact value of `-1,000.5`, `3/4`, `\frac{3}{4}`, `3.2\cdot 10^5`, else None."""
-    if re.fullmatch(r"[-+]?[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]*)?", text):
-        text = text.replace(",", "")
-    text = re.sub(r"\\frac\{([0-9]+)\}\{([0-9]+)\}$", r"\1/\2", text)
-    text = re.sub(r" ?(?:\*|\\cdot|\\times) ?10\^\{?([-+]?[0-9]+)\}?$", r"e\1", text)
-    return Fraction(text) if NUMBER.fullmatch(text) else None
+    return text.lower() if re.fullmatch(r"[A-Z][a-z]{3,}\d*", text) else text
 
 def canonical(text):
-    """What is equal for equal answers: a Fraction for a number, a tuple for a tuple or interval, a
-    set with counts for a list, in which order does not matter; else the text without spaces."""
-    value = number(text)
-    if value is not None:
-        return value
-    brackets = re.fullmatch(r"([(\[])([^()\[\]]*)([)\]])", text)
-    if brackets:
-        return brackets[1], brackets[3], *map(canonical, re.split(" ?, ?", brackets[2].strip()))
-    parts = [""]
-    depth = 0
-    for piece in re.split(r" *([()\[\]{},]) *", text):
-        depth += (piece in ("(", "[", "{")) - (piece in (")", "]", "}"))
-        if depth == 0 and piece == ",":
-            parts.append("")
-        else:
-            parts[-1] += piece
-    if len(parts) > 1:
-        return frozenset(Counter(map(canonical, parts)).items())
-    return re.sub(r"(?<![0-9]) | (?![0-9])", "", text)
+    """The parts of a list in sorted order. A part that is a number becomes a reduced fraction."""
+    text = re.sub(r"(?<![^,(\[])(-?)\\frac\{(-?\d+)\}\{(\d+)\}(?![^,)\]])", r"\1\2/\3", text)
+    text = re.sub(r"(?:\*|\\cdot|\\times)10\^\{?(-?\d+)\}?(?![^,)\]])", r"e\1", text)
+    text = NUMBER.sub(lambda number: str(Fraction(number[0])), text)
+    if re.search(r"[(\[][^)\]]*[(\[]|\{[^{}]*,", text):         # brackets in brackets
+        return text
+    return ",".join(sorted(re.split(r",(?![^(\[]*[)\]])", text)))
 
 LIBRARY = version("math-verify") if find_spec("math_verify") else None
-# It is not asked about what it misreads: words, ratios a:b, bases, digits beside digits; nor about
-# powers and factorials that grow big.
-NOT_FOR_LIBRARY = re.compile(r"""(?<![\\A-Za-z])(?![pb]matrix)[A-Za-z]{3,}|^\ ?[A-Za-z]*\ ?$|[0-9]_
-    |[^A-Za-z0-9\\{}()\[\]^+*/=<>!|.&_\ -]|(?<![0-9])\.(?![0-9])|(?<![\\A-Za-z])[A-Za-z][0-9]
-    |[0-9]\ +[0-9.]|(?<![0-9.])0[0-9]|\^[({]?[0-9]*(?:\^|[0-9]{4})|[0-9]{4}!|![ )]*!""", re.X)
-RELATION = re.compile(r"[=<>]|\\(?:[gln]e|in)(?![A-Za-z])")
-WORKER = r"""
-import sys
-from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
-from math_verify import verify
-case = ConversionConfig(lowercase_symbols=False)
-for line in sys.stdin:
+NOT_FOR_LIBRARY = re.compile(r"(?<![\\A-Za-z])((?![pb]matrix)[A-Za-z]{3,}|[A-Za-z]\d)|\d_|\d \d"
+                             r"|(?m:^[A-Za-z]+$)|\^\{?\d*\^|[^\w\\{}()\[\]^+*/=!|.&\s-]")
+
+def library_verdict(gold, prediction):
+    """Runs in a process of its own, which can be killed when it takes too long."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                # Ctrl-C ends the main program
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
+    from math_verify import verify
+    case = ConversionConfig(lowercase_symbols=False)
     try:
-        a, b = [latex2sympy(text, is_real=True, normalization_config=None, conversion_config=case)
-                for text in line.strip().split("\t")]
-        equal = verify(a, b, float_rounding=40, numeric_precision=50, timeout_seconds=None)
-        print(equal, flush=True)
-    except Exception:
-        print("not an expression, or one that the library does not know", flush=True)
-"""
+        pair = [latex2sympy(text, conversion_config=case) for text in (gold, prediction)]
+        return verify(*pair, float_rounding=40, numeric_precision=50)
+    except Exception:                   # not an expression, or one that the library does not know
+        return False
 
 @lru_cache(maxsize=1)
-def library_process():
-    """The library works in a process of its own, which can be killed when it takes too long."""
-    return subprocess.Popen([sys.executable, "-c", WORKER], text=True, start_new_session=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            stderr=subprocess.DEVNULL)
-
-def as_fraction(decimal):
-    return r"\frac{%d}{%d}" % Fraction(decimal[0]).as_integer_ratio()
+def library_pool():
+    """The process. It takes seconds to start: it imports this file and the library."""
+    pool = multiprocessing.get_context("spawn").Pool(1, initializer=logging.disable)
+    pool.apply(library_verdict, ("1", "1"))
+    return pool
 
 def ask_library(gold, prediction, seconds=20):
-    """Whether math-verify finds two expressions equal in this time."""
-    texts = []
-    for text in (gold, prediction):
-        if NOT_FOR_LIBRARY.search(text):
-            return False
-        texts.append(re.sub(r"[0-9]*\.[0-9]+", as_fraction, text))  # it would round decimals
-    if RELATION.findall(gold) != RELATION.findall(prediction):
+    """Whether math-verify finds them equal in time. It is not asked about what it misreads."""
+    if gold.count("=") != prediction.count("=") or NOT_FOR_LIBRARY.search(f"{gold}\n{prediction}"):
         return False
-    process = library_process()
-    timer = Timer(seconds, process.kill)
-    timer.start()
     try:
-        print(*texts, sep="\t", file=process.stdin, flush=True)
-        answer = process.stdout.readline()                      # empty if it was killed
-    except BrokenPipeError:
-        answer = ""
-    timer.cancel()
-    if not answer:
-        library_process.cache_clear()
-    return answer == "True\n"
+        return library_pool().apply_async(library_verdict, (gold, prediction)).get(seconds)
+    except multiprocessing.TimeoutError:
+        library_pool().terminate()
+        library_pool.cache_clear()
+        return False
 
 def grade(problem, text, grader="auto"):
     """(prediction, whether it is right). With "exact": true the answer is wanted to the letter."""

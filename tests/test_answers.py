@@ -3,8 +3,10 @@
 ("library"); and near misses that must never be equal ("never")."""
 import json
 import random
-import threading
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,8 +15,7 @@ import pytest
 import evaluate
 from evaluate import MAX_ANSWER, extract_answer, same_answer
 
-LINES = Path(__file__).with_name("answers.jsonl").read_text(encoding="utf-8").splitlines()
-CASES = [json.loads(line) for line in LINES]
+CASES = [json.loads(line) for line in open(Path(__file__).with_name("answers.jsonl"))]
 needs_library = pytest.mark.skipif(not find_spec("math_verify"), reason="needs math-verify")
 
 def failures(kind, right, grader):
@@ -22,15 +23,14 @@ def failures(kind, right, grader):
     found = []
     for case in CASES:
         for answer in case.get("answers", ()) if case["kind"] == kind else ():
-            pair = (case["gold"], answer)
-            if equal(*pair, 0.0, grader) != right:
-                found.append(pair)
+            if equal(case["gold"], answer, grader) != right:
+                found.append((case["gold"], answer))
     return found
 
-def equal(gold, answer, tolerance=0.0, grader="builtin"):
+def equal(gold, answer, grader="builtin"):
     """The verdict, which must be the same in both directions."""
-    verdict = same_answer(gold, answer, tolerance, grader)
-    assert same_answer(answer, gold, tolerance, grader) == verdict
+    verdict = same_answer(gold, answer, 0.0, grader)
+    assert same_answer(answer, gold, 0.0, grader) == verdict
     return verdict
 
 def test_the_answer_is_found():
@@ -52,30 +52,30 @@ def test_tolerance_is_for_numbers():
                                 ("100", "99", True), ("1.6", "1.7", False), ("-5", "5", False),
                                 ("2.26e-10", "0", False), ("(1.5, 20)", "(20, 1.5)", False),
                                 ("1.5, 20", "1.5, 20.1", False), ("1+2i", "1-2i", False)]:
-        assert equal(gold, answer, 0.01) == equal(gold, answer, 0.01, "auto") == right
+        assert same_answer(gold, answer, tolerance=0.01) == right
 
 @needs_library
 def test_the_library_has_a_time_limit_in_every_thread():
-    found = []
+    with ThreadPoolExecutor() as threads:
+        assert not threads.submit(evaluate.ask_library, "x+y", "y+x+0", seconds=0).result()
+        assert threads.submit(evaluate.ask_library, "x+y", "y+x+0").result()
 
-    def ask():
-        found.append(evaluate.ask_library("x+y", "y+x+0", seconds=0.0001))
-        found.append(evaluate.ask_library("x+y", "y+x+0"))
-    thread = threading.Thread(target=ask)
-    thread.start()
-    thread.join()
-    assert found == [False, True]
+@needs_library
+def test_the_library_ends_with_the_program():
+    program = "import evaluate; print(evaluate.ask_library('x+y', 'y+x'))"
+    result = subprocess.run([sys.executable, "-c", program], cwd=Path(evaluate.__file__).parent,
+                            capture_output=True, text=True, timeout=100)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "True\n", "")
 
 def test_no_answer_is_wrong():
     assert not same_answer("5", None)
     assert not same_answer("9" * (MAX_ANSWER + 1), "9" * (MAX_ANSWER + 1))
 
-PIECES = [r"\boxed{", "{", r"\{", "1", "(", "1,", "$", " ", "\n", "#"]
+PIECES = [r"\boxed{", r"\boxed{1}, ", "{", r"\{", "1", "(", "1,", "$", " ", "\n", "#", "answer: "]
 HOSTILE = [piece * 10**6 for piece in PIECES] + [
-    "9^{9^{9^9}}", "10^{-10^{10}}", "1e999999999", "10^{999}", "9" * 499, "," * 500, "x=1," * 120,
-    "1," * 249 + "1", "(" * 249 + "1" + ")" * 249, r"\frac{" * 80, "-" * 499 + "1", "1 " * 250,
-    r"\frac{1}{" * 49 + "2" + "}" * 49, "1=" * 249 + "1", "1/" * 249 + "1", r"\text{" * 80,
-    "⟨" * 499]
+    "9^{9^{9^9}}", "10^{-10^{10}}", "1e999999999", "9" * 499, "," * 500, "x=1," * 120, "-" * 499,
+    "1," * 249 + "1", "(" * 249 + "1" + ")" * 249, r"\frac{" * 80, "1 " * 250, r"\text{" * 80,
+    r"\frac{1}{" * 49 + "2" + "}" * 49, "1/" * 249 + "1", "answer: 1" + " *" * 10**6 + "2"]
 
 def test_nothing_hostile_is_slow():
     for text in HOSTILE:
