@@ -4,17 +4,23 @@ Before the oldest tokens leave the window, their keys and values K_e, V_e (E, KV
 a state S of M x R numbers per row and layer, however long the response is (paper, section 3). With
 learnable global tokens h_g (M, KV*D) and projections W_Q, W_K, W_V: KV*D -> R,
 
-    S'  = (W_Q h_g) (W_K K_e)^T (W_V V_e) / sqrt(R E)        what one eviction adds
-    S_0 = Normalize[(W_Q h_g) (W_K h_g)^T (W_V h_g)]         before the first eviction
+    S' = (W_Q h_g) (W_K K_e)^T (W_V V_e) / sqrt(R E)         --memory-order paper
+    S' = (W_Q h_g) (W_V V_e)^T (W_K K_e) / sqrt(R E)         --memory-order keys-match (ours)
+
+is what one eviction adds. With h_g in the place of K_e and V_e, and normalized, it is S_0, which
+the memory starts as. Then, at each eviction,
 
     memory <- Normalize(memory + S')                         --memory-update paper
     memory <- memory + S'                                    --memory-update sum (ours)
-    S = Normalize(memory)                                    what the linear layers read
 
-The memory starts as S_0. The paper's rule shrinks the past at every eviction, so old evictions fade
-exponentially; the sum weighs all evictions alike. Every linear layer y = W x of a block becomes
+and the linear layers read S = Normalize(memory). The paper's rule shrinks the past at every
+eviction, so old evictions fade exponentially; the sum weighs all evictions alike. Every linear
+layer y = W x of a block becomes
 
     y = W x + alpha/R * A S B x          A (out, M), zero at the start; B (R, in)
+
+In S B x, the input B x is compared with what stands on the right in S': in the paper's order with
+the evicted values, in ours with the keys, and the values make the answer, as in attention.
 
 A LoRA is the case S = I. Normalize scales each of the M rows of a state to norm 1, as the rows of
 an identity are, so the update has the size of a LoRA's. A and B have the paper's names; PEFT calls
@@ -39,6 +45,7 @@ from model import (UserError, hf_name, load_model, model_folder, read_folder, re
                    read_safetensors, write_json, write_safetensors)
 
 ADAPTERS = ("pte", "lora", "no-global", "global-only")
+MEMORY_ORDERS = ("keys-match", "paper")
 MEMORY_UPDATES = ("paper", "sum")
 
 class AdaptedLinear(nn.Module):
@@ -65,12 +72,14 @@ class ThoughtEncoder(nn.Module):
     adapter: "pte"; "lora", with S = I, fixed; or the paper's two ablations, "no-global" (S_0 = 0)
     and "global-only" (S = S_0, fixed). Made by `attach`."""
 
-    def __init__(self, L, width, adapter, R, M, memory_update):
+    def __init__(self, L, width, adapter, R, M, memory_order, memory_update):
         """width: KV*D, the size of a token's keys in one layer."""
         super().__init__()
-        assert adapter in ADAPTERS and memory_update in MEMORY_UPDATES
+        assert adapter in ADAPTERS
+        assert memory_order in MEMORY_ORDERS and memory_update in MEMORY_UPDATES
         assert adapter != "lora" or M == R, "the state of a LoRA is an identity"
         self.adapter = adapter
+        self.memory_order = memory_order
         self.memory_update = memory_update
         self.R = R
         self.linears = nn.ModuleDict()                              # filled by `attach`
@@ -103,12 +112,14 @@ class ThoughtEncoder(nn.Module):
         return memory if self.adapter == "lora" else self.normalize(memory)
 
     def encode(self, K, V):
-        """S' = (W_Q h_g) (W_K K)^T (W_V V) / sqrt(R E).  K and V (L, B, E, KV*D) -> (L, B, M, R)"""
-        E = K.shape[2]
+        """S' of keys K and values V, (L, B, E, KV*D) each -> (L, B, M, R)"""
+        scale = (self.R * K.shape[2]) ** -0.5                       # 1 / sqrt(R E)
         q = (self.h_g @ self.W_Q)[:, None]                          # (L, 1, M, R)
         k = K.to(q.dtype) @ self.W_K[:, None]                       # (L, B, E, R)
         v = V.to(q.dtype) @ self.W_V[:, None]                       # (L, B, E, R)
-        return q @ (k.mT @ v) / (self.R * E) ** 0.5                 # (L, B, M, R)
+        if self.memory_order == "keys-match":
+            return scale * q @ (v.mT @ k)                           # (L, B, M, R)
+        return scale * q @ (k.mT @ v)                               # (L, B, M, R)
 
     def normalize(self, S):
         """Scales each of the M rows of S (L, B, M, R) to norm 1. A row of zeros stays zero."""
@@ -130,13 +141,15 @@ class ThoughtEncoder(nn.Module):
             found[f"{peft_name}.lora_B.weight"] = linear.A.detach()
         return found
 
-def attach(model, adapter="pte", rank=32, global_tokens=32, alpha=32.0, memory_update="paper"):
+def attach(model, adapter="pte", rank=32, global_tokens=32, alpha=32.0,
+           memory_order="keys-match", memory_update="paper"):
     """Freezes the model and puts an AdaptedLinear in the place of every linear of its blocks.
 
     Returns the ThoughtEncoder that holds everything to be trained, on the model's device."""
     config = model.config
     width = config.n_kv_heads * config.head_dim
-    encoder = ThoughtEncoder(config.n_layers, width, adapter, rank, global_tokens, memory_update)
+    encoder = ThoughtEncoder(config.n_layers, width, adapter, rank, global_tokens, memory_order,
+                             memory_update)
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         assert not isinstance(module, AdaptedLinear), "this model has an adapter already"
@@ -152,10 +165,11 @@ def attach(model, adapter="pte", rank=32, global_tokens=32, alpha=32.0, memory_u
 def read_config(run):
     """The settings of a run as train.py wrote them, a dict. Raises UserError."""
     config = read_json(Path(run) / "config.json")
-    expected = {"model": str, "adapter": str, "memory_update": str, "rank": int, "alpha": float,
-                "global_tokens": int, "window": int, "evict_ratio": float, "max_new_tokens": int}
+    expected = {"model": str, "rank": int, "alpha": float, "global_tokens": int, "window": int,
+                "evict_ratio": float, "max_new_tokens": int}
+    choices = {"adapter": ADAPTERS, "memory_order": MEMORY_ORDERS, "memory_update": MEMORY_UPDATES}
     fits = {name: type(config.get(name)) for name in expected} == expected
-    fits = fits and config["adapter"] in ADAPTERS and config["memory_update"] in MEMORY_UPDATES
+    fits = fits and all(config.get(name) in values for name, values in choices.items())
     if not fits or not 0 < config["rank"] < 10_000 or not 0 < config["global_tokens"] < 10_000:
         raise UserError(f"{run}/config.json is damaged, or not of a run of train.py; give the "
                         "folder that train.py wrote, or train again")
@@ -172,7 +186,7 @@ def base_folder(run, config):
 
 def attach_by_config(model, config):
     """`attach` with the settings of a run's config (a dict)."""
-    names = ("adapter", "rank", "global_tokens", "alpha", "memory_update")
+    names = ("adapter", "rank", "global_tokens", "alpha", "memory_order", "memory_update")
     return attach(model, **{name: config[name] for name in names})
 
 def set_chat_format(tokenizer, config):

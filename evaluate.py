@@ -378,8 +378,10 @@ def find_arms(model, runs):
     for run, config in configs.items():
         lora = "LoRA_c" if config["window"] else "LoRA"
         name = {"pte": "PTE", "lora": lora}.get(config["adapter"], config["adapter"])
+        if config["adapter"] == "pte" and config["memory_order"] == "paper":
+            name += ", paper's order"
         if config["memory_update"] != "paper":
-            name += f" ({config['memory_update']})"
+            name += f", {config['memory_update']}"
         arms[run] = name, config
     return arms
 

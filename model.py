@@ -234,7 +234,8 @@ def reading(path):
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; check the path") from None
     except Exception as error:                              # damage shows in many ways
-        raise UserError(f"{path} is damaged ({error!r:.300}); download it again (or `git lfs pull`)")
+        raise UserError(f"{path} is damaged ({error!r:.300}); download it again (or `git lfs "
+                        "pull`)") from None
 
 @contextlib.contextmanager
 def atomic_write(path):

@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cache import eviction_size
-from encoder import (ADAPTERS, MEMORY_UPDATES, attach_by_config, base_folder, load_run,
-                     merge_adapter, read_config, save_adapter, set_chat_format)
+from encoder import (ADAPTERS, MEMORY_ORDERS, MEMORY_UPDATES, attach_by_config, base_folder,
+                     load_run, merge_adapter, read_config, save_adapter, set_chat_format)
 from evaluate import (ProblemFile, append, compare, evaluation_args, extract_answer, grade_rollout,
                       open_locked, problem_ids, problem_prompts, problems_hash)
 from grpo import grpo_step
@@ -61,6 +61,8 @@ class Config:
     template_args: str = flag("{}", "JSON for the chat template: '{\"enable_thinking\": false}'")
     date: str = flag("", "YYYY-MM-DD, for chat templates that write the date; default: today")
     adapter: str = flag("pte", "thought encoding, plain LoRA, or one of two ablations", ADAPTERS)
+    memory_order: str = flag("keys-match", "what S B x is compared with: evicted keys, or values",
+                             MEMORY_ORDERS)
     memory_update: str = flag("paper", "paper: old evictions fade; sum: all weigh alike",
                               MEMORY_UPDATES)
     truncate_memory: int = flag(0, "1: the gradient passes through the last eviction only", (0, 1))

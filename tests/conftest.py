@@ -72,11 +72,13 @@ def tiny_model(**changes):
             parameter.normal_(std=1.5 / parameter.shape[1] ** 0.5)
     return model
 
-def tiny_encoder(model, adapter="pte", memory_update="paper", fresh=False):
-    """Attaches an adapter, R = 4 and M = 6 (M = 4 of a LoRA), with a random A unless fresh."""
+def tiny_encoder(model, adapter="pte", memory_update="paper", memory_order="", fresh=False):
+    """Attaches an adapter, R = 4 and M = 6 (M = 4 of a LoRA), with a random A unless fresh. The
+    tests of all ADAPTERS try one memory order with one update rule, the other with the other."""
     torch.manual_seed(1)
     M = 4 if adapter == "lora" else 6
-    encoder = attach(model, adapter, 4, M, alpha=6.0, memory_update=memory_update)
+    memory_order = memory_order or ("paper" if memory_update == "sum" else "keys-match")
+    encoder = attach(model, adapter, 4, M, 6.0, memory_order, memory_update)
     for linear in [] if fresh else encoder.linears.values():
         torch.nn.init.normal_(linear.A, std=0.2)
     return encoder

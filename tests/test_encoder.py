@@ -30,9 +30,10 @@ def states(encoder, evicted):
 
 @pytest.mark.parametrize("E", [1, 5])
 @pytest.mark.parametrize("memory_update", ["paper", "sum"])
-def test_states_follow_the_equations(memory_update, E, float64):
+@pytest.mark.parametrize("memory_order", ["paper", "keys-match"])
+def test_states_follow_the_equations(memory_order, memory_update, E, float64):
     """Layer by layer and row by row, in numpy: S_0, and S after each of 4 evictions."""
-    encoder = tiny_encoder(tiny_model(), memory_update=memory_update)
+    encoder = tiny_encoder(tiny_model(), "pte", memory_update, memory_order)
     evicted = evictions(4, E)
     found = [S.detach().numpy() for S in states(encoder, evicted)]
     h, W_Q, W_K, W_V = [x.detach().numpy() for x in encoder.parameters(recurse=False)]
@@ -40,6 +41,9 @@ def test_states_follow_the_equations(memory_update, E, float64):
     def normalize(S):
         return S / np.sqrt((S ** 2).sum(axis=1, keepdims=True))         # each row has norm 1
 
+    if memory_order == "keys-match":
+        W_K, W_V = W_V, W_K
+        evicted = [(V_e, K_e) for K_e, V_e in evicted]
     for layer in range(L):
         q = h[layer] @ W_Q[layer]                                       # (M, R)
         k = h[layer] @ W_K[layer]                                       # (M, R)

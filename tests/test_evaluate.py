@@ -35,8 +35,9 @@ def data(tmp_path_factory):
 def trained(tmp_path_factory):
     """The folder of a run of a random model, with 40 tokens: 38 characters and two end tokens."""
     run = tmp_path_factory.mktemp("run")
-    config = {"model": "tiny", "adapter": "pte", "memory_update": "paper", "rank": 4, "alpha": 6.0,
-              "global_tokens": 6, "window": 8, "evict_ratio": 0.5, "max_new_tokens": 24, "seed": 0}
+    config = {"model": "tiny", "adapter": "pte", "memory_order": "keys-match", "rank": 4,
+              "memory_update": "paper", "alpha": 6.0, "global_tokens": 6, "window": 8,
+              "evict_ratio": 0.5, "max_new_tokens": 24, "seed": 0}
     model = tiny_model()
     base = run / "base"
     base.mkdir()
@@ -211,10 +212,10 @@ def test_arms_have_names(trained, tmp_path):
     full = variant(trained, tmp_path / "full", adapter="lora", window=0)
     lora_c = variant(trained, tmp_path / "lora_c", adapter="lora")
     other = variant(trained, tmp_path / "other", adapter="global-only")
-    plain_sum = variant(trained, tmp_path / "sum", memory_update="sum")
+    plain_sum = variant(trained, tmp_path / "sum", memory_update="sum", memory_order="paper")
     arms = find_arms(str(trained / "base"), [pte, again, full, lora_c, other, plain_sum])
     assert [name for name, _ in arms.values()] == [
-        "no training", "PTE", "PTE", "LoRA", "LoRA_c", "global-only", "PTE (sum)"]
+        "no training", "PTE", "PTE", "LoRA", "LoRA_c", "global-only", "PTE, paper's order, sum"]
     assert [name for name, _ in find_arms("", [pte]).values()] == ["no training", "PTE"]
 
 @pytest.fixture
