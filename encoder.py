@@ -2,7 +2,8 @@
 
 Before the oldest tokens leave the window, their keys and values K_e, V_e (E, KV*D) are encoded into
 a state S of M x R numbers per row and layer, however long the response is (paper, section 3). With
-learnable global tokens h_g (M, KV*D) and projections W_Q, W_K, W_V: KV*D -> R,
+learnable global tokens h_g (M, KV*D) and projections W_Q, W_K, W_V: KV*D -> R (written as in the
+paper; in the code q = h_g @ W_Q, k = K_e @ W_K, v = V_e @ W_V),
 
     S' = (W_Q h_g) (W_K K_e)^T (W_V V_e) / sqrt(R E)         --memory-order paper
     S' = (W_Q h_g) (W_V V_e)^T (W_K K_e) / sqrt(R E)         --memory-order keys-match (ours)
@@ -77,12 +78,11 @@ class ThoughtEncoder(nn.Module):
         super().__init__()
         assert adapter in ADAPTERS
         assert memory_order in MEMORY_ORDERS and memory_update in MEMORY_UPDATES
-        assert adapter != "lora" or M == R, "the state of a LoRA is an identity"
         self.adapter = adapter
         self.memory_order = memory_order
         self.memory_update = memory_update
         self.R = R
-        self.linears = nn.ModuleDict()                              # filled by `attach`
+        self.linears = nn.ModuleDict()      # filled by `attach`; they hold the frozen base as well
         if adapter == "lora":
             self.register_buffer("identity", torch.eye(R).expand(L, 1, R, R), persistent=False)
             return
@@ -100,9 +100,11 @@ class ThoughtEncoder(nn.Module):
         return torch.zeros_like(memory) if self.adapter == "no-global" else memory
 
     def update(self, memory, K_e, V_e):
-        """One eviction. memory (L, B or 1, M, R), K_e and V_e (L, B, E, KV*D) -> (L, B, M, R)"""
-        if self.adapter in ("lora", "global-only"):
+        """One eviction. memory (L, B or 1, M, R), K_e and V_e (L, B, E, KV*D) -> memory"""
+        if self.adapter == "lora":
             return memory
+        if self.adapter == "global-only":                           # S_0 again, with its gradient
+            return self.initial_memory().expand_as(memory)
         memory = memory + self.encode(K_e, V_e)
         return self.normalize(memory) if self.memory_update == "paper" else memory
 
@@ -147,6 +149,8 @@ def attach(model, adapter="pte", rank=32, global_tokens=32, alpha=32.0,
 
     Returns the ThoughtEncoder that holds everything to be trained, on the model's device."""
     config = model.config
+    if adapter == "lora":
+        global_tokens = rank                                        # the state is an identity
     width = config.n_kv_heads * config.head_dim
     encoder = ThoughtEncoder(config.n_layers, width, adapter, rank, global_tokens, memory_order,
                              memory_update)
@@ -246,7 +250,7 @@ def merge_adapter(run, out, model=""):
     if not out or Path(out).exists():
         raise UserError(f"--merge {run} writes a new folder; give one that does not exist yet "
                         "with --out DIR")
-    folder = model or base_folder(run, config)
+    folder = model_folder(model) if model else base_folder(run, config)
     weights = read_folder(folder)
     saved = read_safetensors(Path(run) / "adapter.safetensors")
     for name, B in saved.items():

@@ -88,6 +88,8 @@ def problem_ids(tokenizer, problem, template=""):
     boxed answer, but gives the bare problem to a base model, which has no chat format."""
     if not template:
         template = INSTRUCTION if tokenizer.template else "{problem}"
+    if "{problem}" not in template:
+        raise UserError("--prompt-template: {problem} is missing, for where the problem comes")
     return tokenizer.prompt(template.replace("{problem}", problem["problem"]))
 
 def problems_hash(problems):
@@ -375,6 +377,7 @@ def find_arms(model, runs):
     configs = {str(run): read_config(run) for run in runs}
     bases = [model_folder(model)] if model else [base_folder(*item) for item in configs.items()]
     arms = {str(base): ("no training", None) for base in bases}
+    first = {}                                                  # config of an arm's first run
     for run, config in configs.items():
         lora = "LoRA_c" if config["window"] else "LoRA"
         name = {"pte": "PTE", "lora": lora}.get(config["adapter"], config["adapter"])
@@ -382,8 +385,19 @@ def find_arms(model, runs):
             name += ", paper's order"
         if config["memory_update"] != "paper":
             name += f", {config['memory_update']}"
+        for setting, value in first.setdefault(name, config).items():
+            if setting not in ("seed", "out", "date", "device") and config[setting] != value:
+                raise UserError(f"--runs: two runs of the arm {name} differ in {setting} and not "
+                                "in the seed alone; compare them in two calls")
         arms[run] = name, config
     return arms
+
+def load_arm(place, config, args):
+    """(model, its encoder or None, tokenizer) of a run, or without a config of a base model."""
+    if config:
+        return load_run(place, args.model, args.device, args.dtype)[:3]
+    model, tokenizer = load_model(place, args.device, args.dtype)
+    return model, None, tokenizer
 
 def answer_problems(loaded, common, problem_set, todo, args):
     """Yields the records of a batch. todo: [(number of the problem, sample)]. common: what stands
@@ -452,7 +466,7 @@ def draw(rows, path):
     for arm in dict.fromkeys(row["arm"] for row in rows):
         points = sorted([row["cache_mb"], *row["average"]] for row in rows if row["arm"] == arm)
         x, mean, low, high = np.array(points).T
-        axes.errorbar(x, mean, [mean - low, high - mean], label=arm, marker="o", capsize=3)
+        axes.errorbar(x, mean, np.maximum([mean - low, high - mean], 0), label=arm, marker="o", capsize=3)
     axes.set(xlabel="cache of a sequence, MB", ylabel="average accuracy")
     axes.legend()
     figure.savefig(path)
@@ -478,12 +492,16 @@ def compare(args):
     and, beside it, a .jsonl with a record per sample. Returns the table in Markdown."""
     if args.plot:
         import matplotlib.pyplot        # if it is missing, fail now and not at the end
-    if not (args.model or args.runs) or not args.data or min(args.batch - 1, args.limit) < 0:
-        raise UserError("give --model DIR or --runs RUN, --data FILE.jsonl or one of "
-                        f"{', '.join(BENCHMARKS)}, and no negative number")
+    if not (args.model or args.runs) or not args.data:
+        raise UserError("give --model DIR or --runs RUN, and --data FILE.jsonl or one of "
+                        f"{', '.join(BENCHMARKS)}")
+    if args.batch < 1 or min(args.limit, args.samples or 0, args.temperature or 0) < 0:
+        raise UserError("--batch must be at least 1, --limit, --samples, --temperature at least 0")
     arms = find_arms(args.model, args.runs)
     settle(args, [config for _, config in arms.values() if config] or [WITHOUT_RUNS])
     sets = dict(load_set(name, args) for name in args.data)
+    if len(sets) < len(args.data):
+        raise UserError("--data: two files have the same name")
     settings = {"grader": f"math-verify {LIBRARY}" if args.grader == "auto" else "builtin"}
     for name in ("seed", "max_new_tokens", "evict_ratio", "dtype", "prompt_template", "system",
                  "template_args"):
@@ -495,22 +513,18 @@ def compare(args):
     lines_path = path.with_suffix(".jsonl")
     if path.suffix != ".json" or path.exists() and not lines_path.exists():
         raise UserError(f"--json {path}: give a new name that ends in .json")
-    path.parent.mkdir(exist_ok=True)                                    # runs/
-    lock = open_locked(lines_path)                                      # until this returns
+    path.parent.mkdir(parents=True, exist_ok=True)
+    locked = open_locked(lines_path)                                    # until this returns
     records = read_records(lines_path, settings)
     for place, (arm, config) in arms.items():
-        loaded = None
+        loaded = None                                                   # the last one is freed
         for window, name in itertools.product(args.windows, sets):
             numbers = range(len(sets[name].problems))
             todo = [pair for pair in itertools.product(numbers, range(sets[name].n_samples))
                     if (place, window, name, *pair) not in records]
             if not todo:
                 continue
-            if not loaded and config:
-                loaded = load_run(place, args.model, args.device, args.dtype)[:3]
-            elif not loaded:
-                model, tokenizer = load_model(place, args.device, args.dtype)
-                loaded = model, None, tokenizer
+            loaded = loaded or load_arm(place, config, args)
             set_chat_format(loaded[2], vars(args))
             common = {"arm": arm, "model": place, "window": window, "data": name}
             for found in answer_problems(loaded, common, sets[name], todo, args):

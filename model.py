@@ -378,7 +378,7 @@ class Tokenizer:
 
         tokens = [config.get("bos_token"), config.get("eos_token")]         # names, or in dicts
         bos, eos = [token["content"] if isinstance(token, dict) else token for token in tokens]
-        self.names = {"bos_token": bos, "eos_token": eos}                   # for chat templates
+        self.names = {"bos_token": bos or "", "eos_token": eos or ""}       # for chat templates
         self.bos_id = self.added.get(bos)
         self.eos_id = self.added.get(eos)
         self.adds_bos = config.get("add_bos_token", f"'{bos}'" in str(spec.get("post_processor")))
@@ -470,8 +470,11 @@ def run_script(main):
         sys.stdout.flush()
     except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(130)
-    except (UserError, OSError, ImportError) as error:
+    except (UserError, OSError, ImportError, torch.OutOfMemoryError) as error:
         message = " ".join(str(error).split())
+        if isinstance(error, torch.OutOfMemoryError):
+            message = ("out of memory: lower --rollout-batch, --micro-batch (of evaluate.py: "
+                       "--batch), --max-new-tokens or --window")
         if isinstance(error, OSError) and error.filename is None:
             message = f"cannot write to stdout or a file: {error.strerror}"
         if isinstance(error, ImportError):                  # an optional package

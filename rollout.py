@@ -153,10 +153,9 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
     end_ids = torch.tensor(model.config.eos_ids, dtype=torch.long, device=device)
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     logps = torch.zeros(B, max_new_tokens, device=device)
-    alive = torch.arange(B, device=device)              # (b,) the rows that are still in the batch
-    finished = torch.zeros(B, dtype=torch.bool, device=device)      # (b,) those that have ended
-    n_alive = B
-    check_every = 1 if device.type == "cpu" else 16     # reading a number from a GPU means waiting
+    rows = torch.arange(B, device=device)               # (b,) those that are still in the batch
+    # To see which rows have ended, the host must wait for the GPU: so it looks every 16 tokens.
+    check_every = 1 if on_token or device.type == "cpu" else 16
 
     cache = SlidingCache(model.config.n_layers, prompt_lengths, P, window, E, max_new_tokens)
     memory = encoder.initial_memory() if encoder else None                      # (L, 1, M, R)
@@ -166,40 +165,35 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
     cache.expand_prompts(prompt_of)
     cache_mb = cache.megabytes
     hidden = hidden[prompt_of]                                                  # (B, C)
-    if encoder:
-        memory = memory.expand(-1, B, -1, -1)                                   # (L, B, M, R)
-        S = encoder.state(memory)
+    memory = memory.expand(-1, B, -1, -1) if encoder else None                  # (L, B, M, R)
     next_hidden = RecordedStep(model) if hidden.is_cuda else model.hidden
 
     for t in tqdm(range(max_new_tokens), desc=progress, disable=not progress, leave=False):
-        drawn, logp = sample(model.logits(hidden), temperature, uniform[alive, t])   # (b,)
-        tokens[alive, t] = drawn
-        logps[alive, t] = logp
-        finished |= torch.isin(drawn, end_ids)
-        if t + 1 == max_new_tokens:
-            n_alive = 0
-        elif (t + 1) % check_every == 0:
-            n_alive = len(alive) - int(finished.sum())
-        evicting = n_alive > 0 and cache.is_full
+        drawn, logp = sample(model.logits(hidden), temperature, uniform[rows, t])       # (b,)
+        tokens[rows, t] = drawn
+        logps[rows, t] = logp
+        n_left = len(rows)
+        if (t + 1) % check_every == 0:
+            new = tokens[rows, t + 1 - check_every:t + 1]                   # (b, check_every)
+            ended = torch.isin(new, end_ids).any(dim=1)                     # (b,)
+            left = (~ended).nonzero()[:, 0]
+            n_left = len(left)
+        is_last = n_left == 0 or t + 1 == max_new_tokens
+        evicting = cache.is_full and not is_last
         if on_token:
             on_token(drawn, evicting)
-        if n_alive == 0:
+        if is_last:
             break
-        if n_alive < len(alive):                            # finished rows leave the batch
-            rows = (~finished).nonzero()[:, 0]
-            alive = alive[rows]
-            drawn = drawn[rows]
-            finished = finished[rows]
-            cache.select_rows(rows)
-            if encoder:
-                memory = memory[:, rows]
-                S = S[:, rows]
+        if n_left < len(rows):                              # finished rows leave the batch
+            rows = rows[left]
+            drawn = drawn[left]
+            cache.select_rows(left)
+            memory = memory[:, left] if encoder else None
         if evicting:
             K_e, V_e = cache.evict()
-            if encoder:
-                memory = encoder.update(memory, K_e, V_e)
-                S = encoder.state(memory)
-        hidden = next_hidden(drawn[:, None], cache, S)[:, 0]                        # (b, C)
+            memory = encoder.update(memory, K_e, V_e) if encoder else None
+        S = encoder.state(memory) if encoder else None
+        hidden = next_hidden(drawn[:, None], cache, S)[:, 0]                            # (b, C)
 
     tokens = tokens[:, :t + 1]
     is_end = torch.isin(tokens, end_ids)                                            # (B, T)

@@ -45,8 +45,8 @@ from rollout import generate_in_parts
 PRESETS = ("tiny", "24gb", "80gb")      # for a CPU, a GPU of 24 GB, a GPU of 80 GB
 
 def flag(default, help, choices=None):
-    """A field that is a command-line flag. A default of three values: one for each preset."""
-    return field(default=default if type(default) is not tuple else None,
+    """A field that is a command-line flag. A tuple is a default for each preset, in their order."""
+    return field(default=None if isinstance(default, tuple) else default,
                  metadata={"default": default, "help": help, "choices": choices})
 
 @dataclass
@@ -61,15 +61,15 @@ class Config:
     template_args: str = flag("{}", "JSON for the chat template: '{\"enable_thinking\": false}'")
     date: str = flag("", "YYYY-MM-DD, for chat templates that write the date; default: today")
     adapter: str = flag("pte", "thought encoding, plain LoRA, or one of two ablations", ADAPTERS)
-    memory_order: str = flag("keys-match", "what S B x is compared with: evicted keys, or values",
+    memory_order: str = flag("keys-match", "order of evicted keys and values in S' (encoder.py)",
                              MEMORY_ORDERS)
     memory_update: str = flag("paper", "paper: old evictions fade; sum: all weigh alike",
                               MEMORY_UPDATES)
     truncate_memory: int = flag(0, "1: the gradient passes through the last eviction only", (0, 1))
     rank: int = flag((16, 32, 32), "R, rank of the adapter and width of the state")
-    global_tokens: int = flag((16, 32, 32), "M, learnable tokens of the encoder")
+    global_tokens: int = flag((16, 32, 32), "M, learnable tokens of the encoder (LoRA: M = R)")
     alpha: float = flag(32.0, "the update of the weights is scaled by alpha / rank")
-    window: int = flag((16, 256, 1024), "W, response tokens kept in the cache; 0 keeps all")
+    window: int = flag((16, 256, 1024), "W, response tokens kept beside the prompt; 0: all")
     evict_ratio: float = flag(0.25, "share of the window that leaves at once")
     max_new_tokens: int = flag((34, 1024, 3072), "longest response, in tokens")
     temperature: float = flag(1.0, "of sampling; the log-probs are those at this temperature")
@@ -79,17 +79,16 @@ class Config:
     micro_batch: int = flag((4096, 2048, 8192), "response tokens replayed at once: for memory only")
     steps: int = flag(200, "training steps")
     lr: float = flag((1e-3, 1e-5, 1e-5), "peak learning rate of AdamW")
-    warmup: int = flag(10, "steps of rising learning rate; then it falls linearly to a tenth")
+    warmup: int = flag(10, "steps of rising learning rate; it falls linearly to a tenth")
     max_grad_norm: float = flag(1.0, "longer gradients are scaled down to this norm")
     inner_epochs: int = flag(1, "updates per rollout; above 1 the clip acts")
     clip_low: float = flag(0.2, "the ratio is clipped below 1 - this")
     clip_high: float = flag(0.28, "and above 1 + this")
     kl_coef: float = flag(0.0, "weight of the KL to the base model with its full cache")
-    loss: str = flag("grpo", "dr_grpo: no std, constant length", ("grpo", "dr_grpo"))
+    loss: str = flag("grpo", "dr_grpo: no division by std and length", ("grpo", "dr_grpo"))
     base_steps: int = flag(350, "tiny: supervised steps that make the base model")
     test_problems: int = flag(500, "tiny: problems of each K in the final table; 0: no table")
-    sample_every: int = flag(20, "steps between samples in samples.jsonl")
-    save_every: int = flag((20, 5, 5), "steps between checkpoints")
+    save_every: int = flag((20, 5, 5), "steps between checkpoints, and samples in samples.jsonl")
     resume: str = flag("", "run folder to go on with, under its settings and what is given anew")
     merge: str = flag("", "run folder of a LoRA to be written to --out as a model of its own")
     wandb: bool = flag(False, "also log to Weights & Biases (pip install wandb)")
@@ -108,24 +107,22 @@ class Config:
     def check(self):
         """Raises UserError for settings that cannot work."""
         eviction_size(self.window, self.evict_ratio)
-        set_chat_format(argparse.Namespace(), asdict(self))     # raises if something is not JSON
+        set_chat_format(argparse.Namespace(), asdict(self))     # a mistake in it shows now
         least = dict.fromkeys(("rank", "global_tokens", "max_new_tokens", "prompts", "steps",
                                "rollout_batch", "micro_batch", "inner_epochs", "base_steps",
-                               "sample_every", "save_every"), 1)
+                               "save_every"), 1)
         least |= {"group_size": 2, "temperature": 0.01, "seed": 0, "test_problems": 0}
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small; "
                                 f"give {value} or more")
-        if self.adapter == "lora" and self.rank != self.global_tokens:
-            raise UserError(f"--adapter lora --rank {self.rank} needs --global-tokens {self.rank}")
         if (self.model == "tiny") != (self.data in TASKS):
             raise UserError(f"--model {self.model} --data {self.data}: the tiny model does the "
                             f"task {' or '.join(TASKS)}, other models need a JSONL file")
 
 # What may change when a run goes on: how long it lasts, where it runs, where things are.
 CHANGEABLE = ("resume", "steps", "model", "data", "device", "micro_batch", "rollout_batch",
-              "save_every", "sample_every", "test_problems", "wandb")
+              "save_every", "test_problems", "wandb")
 
 def parse_args():
     """The Config of the command line; with --resume, that of the run and what is given anew."""
@@ -139,7 +136,7 @@ def parse_args():
             how = {"type": f.type, "choices": f.metadata["choices"]}
         text = f"{f.metadata['help']} (default: {f.metadata['default']})"
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **how)
-    given = vars(parser.parse_args())
+    given = vars(parser.parse_args())                       # only the flags that were typed
     saved = read_config(given["resume"]) if "resume" in given else {}
     for name in given:
         if saved and name not in CHANGEABLE and given[name] != saved.get(name):
@@ -153,9 +150,10 @@ class Tally:
     """K lists of six digits, as in `527184,903341=`. The response walks along each list and writes
     every digit and the running sum mod 10, `;` after each list; then `Answer:` and the K sums.
 
-    Under a window of 16 the first of two sums has left the cache when it is asked for: a model that
-    has not kept it can only guess, 1 in 10. Another task is a class with these names (or a subclass
-    that overrides some), added to TASKS. Its problems of one K must have equally many tokens."""
+    Under a window of 16 the first of two sums has left the cache when it is asked for. A model that
+    has not kept it can only guess, 1 in 10: it cannot add six digits of the prompt in one token.
+    Another task is a class with the names below (or a subclass that overrides some), added to
+    TASKS. Its problems of one K must have equally many tokens."""
     characters = "0123456789,=;"                            # the vocabulary of the base model
     counts = (1, 2, 3)                                      # K: the base model learns all of them
     train_counts = (2, 2, 2, 1)                             # K of the steps of GRPO, in turn
@@ -181,6 +179,7 @@ class Tally:
         return [*problem["walks"], "Answer:" + problem["answer"]]
 
     def reward(self, problem, text, n_tokens, ended):
+        """ended: the response was not cut off. n_tokens: for those who reward short responses."""
         return float(ended and extract_answer(text) == problem["answer"])
 
 TASKS = {"tally": Tally}
@@ -194,22 +193,21 @@ def history_mask(T, start, stop):
     hidden = (keys >= start) & (keys < stop) & (queries >= stop)                # (B, T, T)
     return ((keys <= queries) & ~hidden)[:, None]
 
-def write_tiny_tokenizer(folder, characters):
-    """tokenizer.json: an id for each character, then `Answer:` and the special `<|end|>`."""
+def tiny_tokenizer(characters):
+    """What tokenizer.json holds: the characters, then `Answer:` and the special `<|end|>`."""
     vocab = {character: i for i, character in enumerate(characters)}
     added = [{"id": len(vocab), "content": "Answer:", "special": False},
              {"id": len(vocab) + 1, "content": "<|end|>", "special": True}]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    write_json(folder / "tokenizer.json", {
-        "added_tokens": added, "pre_tokenizer": byte_level, "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": []}})
+    return {"added_tokens": added, "pre_tokenizer": byte_level, "decoder": byte_level,
+            "model": {"type": "BPE", "vocab": vocab, "merges": []}}
 
 def base_loss(model, tokenizer, task, problems, rng):
     """Cross-entropy of the gold responses, summed, and their number of tokens.
 
-    In some rows the first lists are hidden from all that follows them. So the model learns to guess
-    evenly where it cannot know, and GRPO finds lucky guesses to reward. It learns nothing about
-    carrying what is hidden."""
+    In half of the rows some of the first walks are hidden from all that follows them. So the model
+    learns to guess evenly where it cannot know, and GRPO finds lucky guesses to reward. It learns
+    nothing about carrying what is hidden."""
     device = model.embedding.weight.device
     texts = [problem["problem"] + "".join(task.gold(problem)) for problem in problems]
     ids = [tokenizer.encode(text) + model.config.eos_ids for text in texts]
@@ -218,7 +216,8 @@ def base_loss(model, tokenizer, task, problems, rng):
     start = len(tokenizer.encode(problems[0]["problem"]))                       # alike in all rows
     ends = [len(tokenizer.encode(part)) for part in task.gold(problems[0])]
     ends = start + np.cumsum([0, *ends])                                        # of the parts
-    n_hidden = rng.integers(2, size=len(ids)) * rng.integers(max(len(ends) - 2, 1), size=len(ids))
+    n_walks = len(ends) - 2                                                     # the last one stays
+    n_hidden = rng.integers(2, size=len(ids)) * rng.integers(max(n_walks, 1), size=len(ids))
     T = ids.shape[1] - 1
     mask = history_mask(T, start, torch.tensor(ends[n_hidden], device=device))
     positions = torch.arange(T, device=device)[None]                            # (1, T)
@@ -234,12 +233,9 @@ def make_base(folder, task, config, device):
     made_for = [config.base_steps, task.characters, list(task.counts), *example]
     if folder.exists() and read_json(folder / "config.json", {}).get("made_for") == made_for:
         return
-    made = Path(f"{folder}.{os.getpid()}")                  # another run may make the same one now
-    made.mkdir(parents=True)
     torch.manual_seed(config.seed)
     rng = np.random.default_rng([config.seed, 0])
-    write_tiny_tokenizer(made, task.characters)
-    tokenizer = Tokenizer.from_folder(made)
+    tokenizer = Tokenizer(tiny_tokenizer(task.characters), {})
     raw = dict(architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=96,
                num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=24,
                intermediate_size=256, rope_theta=100.0, max_position_embeddings=4096,
@@ -257,7 +253,7 @@ def make_base(folder, task, config, device):
         losses = []
         draws = rng.choice(task.counts, size=128)
         for K in task.counts:                               # rows of one K have the same length
-            problems = [task.problem(K, rng) for _ in range(max(sum(draws == K), 1))]
+            problems = [task.problem(K, rng) for _ in range(max((draws == K).sum(), 1))]
             losses.append(base_loss(model, tokenizer, task, problems, rng))
         loss = sum(loss for loss, _ in losses) / sum(n for _, n in losses)
         optimizer.zero_grad()
@@ -267,40 +263,42 @@ def make_base(folder, task, config, device):
         optimizer.param_groups[0]["lr"] = 6e-3 * min((step + 1) / 30, decay)
         optimizer.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
+    made = Path(f"{folder}.{os.getpid()}")                  # another run may make the same one now
+    made.mkdir(parents=True)
     write_safetensors(made / "model.safetensors", model.tensors())
+    write_json(made / "tokenizer.json", tiny_tokenizer(task.characters))
     write_json(made / "config.json", raw)
     shutil.rmtree(folder, ignore_errors=True)               # made for another task
     made.rename(folder)
 
 # ------------------------------------------------------------------ several processes, checkpoints
 
-IS_FIRST = int(os.environ.get("RANK", 0)) == 0     # torchrun numbers its processes
+RANK = int(os.environ.get("RANK", 0))                   # torchrun sets both for its processes
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 def init_distributed(device):
-    """Joins the processes that torchrun has started, if any -> (rank, world_size)."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1 and not dist.is_initialized():
+    """Joins the processes that torchrun has started, if any."""
+    if WORLD_SIZE > 1 and not dist.is_initialized():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)         # or its threads may abort the exit
-    return int(os.environ.get("RANK", 0)), world_size
 
 def all_reduce(tensor):
-    """Adds up a tensor over all processes, in place; each waits here for the others."""
+    """Adds up a tensor over all processes, in place. One on the CPU makes each wait for all."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 def log(text):
-    if IS_FIRST:
+    if RANK == 0:
         tqdm.write(text, file=sys.stderr)
 
-def choose_out(config, world_size):
+def choose_out(config):
     """The run folder: --resume, --out, or the next free name in runs/. Raises UserError."""
     if config.resume:
         return config.resume
-    if world_size > 1 and not config.out:
+    if WORLD_SIZE > 1 and not config.out:
         raise UserError("several processes need --out DIR, a new folder")
     name = f"runs/{Path(config.model).name}-{config.adapter}-{config.seed}"
     out = config.out or name
@@ -316,12 +314,14 @@ def fingerprint(model, task):
     """A short hash of the model's weights and the task's problems. --resume with others fails."""
     digest = hashlib.sha256(problems_hash(getattr(task, "problems", [])).encode())
     for weight in (model.embedding.weight, model.blocks[-1].ffn.w_down.weight):
-        digest.update(weight[-8:].double().cpu().numpy().tobytes())
+        digest.update(weight[-8:].cpu().double().numpy().tobytes())
     return digest.hexdigest()[:12]
+
+LOGS = ("metrics.jsonl", "samples.jsonl")
 
 def save_checkpoint(out, step, encoder, optimizer, config, trained_on):
     """Writes all that the next step needs to one file, and the adapter for everybody else."""
-    sizes = {path.name: path.stat().st_size for path in out.glob("*s.jsonl")}
+    sizes = {name: (out / name).stat().st_size for name in LOGS}
     save_adapter(out, encoder, asdict(config))              # first: never older than the checkpoint
     with atomic_write(out / "checkpoint.pt") as file:
         torch.save({"step": step, "adapter": encoder.tensors(), "sizes": sizes,
@@ -331,52 +331,47 @@ def load_checkpoint(out, encoder, optimizer, trained_on):
     """Restores a run, and cuts off what it logged after its checkpoint -> the number of steps done.
     Raises UserError if the checkpoint is damaged, or of another model or other problems."""
     path = out / "checkpoint.pt"
-    state = {"step": 0, "adapter": {}, "sizes": {}, "trained_on": trained_on}   # without a file
     try:
-        if path.exists():
-            state = torch.load(path, weights_only=True)
-            optimizer.load_state_dict(state["optimizer"])
-        for name, tensor in state["adapter"].items():
-            encoder.tensors()[name].copy_(tensor)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         if state["trained_on"] != trained_on:
             raise ValueError("trained on another --model or --data")
+        optimizer.load_state_dict(state["optimizer"])
+        for name, tensor in encoder.tensors().items():
+            tensor.copy_(state["adapter"][name])
+        for name in LOGS if RANK == 0 else ():
+            os.truncate(out / name, state["sizes"][name])
+        return state["step"]
     except Exception as error:              # a damaged file makes torch.load fail in many ways
         raise UserError(f"{path}: damaged, or of another run ({error}); train again with another "
                         "--out") from None
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        with open(out / name, "ab") as file:
-            file.truncate(state["sizes"].get(name, 0))
-    return state["step"]
 
 # ---------------------------------------------------------------------------------------- the loop
 
 def warn_if_unhealthy(metrics, dtype):
-    step = f"step {metrics['step']}"
-    if metrics["skipped"]:
-        log(f"{step}: the gradient is not finite, no update; if that goes on, lower --lr")
-    if not metrics["logp_gap"] <= (1e-3 if dtype == torch.float32 else 0.5):
-        log(f"{step}: logp_gap {metrics['logp_gap']:.2g} is more than rounding. The replay does "
-            "not see what the rollout saw (does an eviction rule or the encoder draw random "
-            "numbers of its own?), and nothing that is learned can be trusted")
-    if metrics["answer_found"] < 0.1:
-        log(f"{step}: an answer was found in {metrics['answer_found']:.0%} of the responses, "
-            f"{metrics['truncated']:.0%} were cut off; see samples.jsonl, change "
-            "--prompt-template or --max-new-tokens")
-    elif metrics["spread"] == 0 and metrics["accuracy"] < 0.9:
-        log(f"{step}: all rewards of each group are equal, so nothing can be learned from them; "
-            f"{metrics['truncated']:.0%} of the responses were cut off at --max-new-tokens, an "
-            f"answer was found in {metrics['answer_found']:.0%}")
+    found = (f"an answer was found in {metrics['answer_found']:.0%} of the responses, "
+             f"{metrics['truncated']:.0%} were cut off at --max-new-tokens; see samples.jsonl")
+    largest_gap = 1e-3 if dtype == torch.float32 else 0.5
+    checks = [
+        (metrics["skipped"], "the gradient is not finite, no update; if that goes on, lower --lr"),
+        (not metrics["logp_gap"] <= largest_gap,
+         f"logp_gap {metrics['logp_gap']:.2g} is more than rounding. The replay does not see what "
+         "the rollout saw (does an eviction rule or the encoder draw random numbers of its own?), "
+         "and nothing that is learned can be trusted"),
+        (metrics["spread"] == 0 and metrics["accuracy"] < 0.9,
+         f"all rewards of each group are equal, so nothing can be learned from them; {found}"),
+        (metrics["answer_found"] < 0.1, f"{found}, or change --prompt-template")]
+    for is_wrong, text in checks:
+        if is_wrong:
+            log(f"step {metrics['step']}: {text}")
 
 def step_metrics(rows):
     """Means over the graded responses of a step, and the most memory that a GPU has used so far."""
-    return {
-        "reward": np.mean([row["reward"] for row in rows]),
-        "accuracy": np.mean([row["correct"] for row in rows]),
-        "answer_found": np.mean([row["prediction"] is not None for row in rows]),
-        "response_tokens": np.mean([row["tokens"] for row in rows]),
-        "truncated": np.mean([row["truncated"] for row in rows]),
-        "evictions": np.mean([row["evictions"] for row in rows]),
-        "peak_memory_mb": torch.cuda.max_memory_allocated() / 1e6}
+    metrics = {"answer_found": np.mean([row["prediction"] is not None for row in rows]),
+               "peak_memory_mb": torch.cuda.max_memory_allocated() / 1e6}
+    for name, column in (("reward", "reward"), ("accuracy", "correct"), ("truncated", "truncated"),
+                         ("response_tokens", "tokens"), ("evictions", "evictions")):
+        metrics[name] = np.mean([row[column] for row in rows])
+    return metrics
 
 def train(config):
     """A generator: does one step at a time and yields its metrics, a dict, once they are saved.
@@ -384,22 +379,22 @@ def train(config):
     Sets config.out to the run folder. Raises UserError."""
     config.check()
     device = pick_device(config.device)
-    rank, world_size = init_distributed(device)
-    n = config.prompts // world_size                        # problems of this process
-    if n * world_size != config.prompts:
-        raise UserError(f"--prompts {config.prompts} cannot be shared by {world_size} processes")
-    if config.wandb and rank == 0:
+    init_distributed(device)
+    n = config.prompts // WORLD_SIZE                        # problems of this process
+    if n * WORLD_SIZE != config.prompts:
+        raise UserError(f"--prompts {config.prompts} cannot be shared by {WORLD_SIZE} processes")
+    if config.wandb and RANK == 0:
         import wandb                                        # if it is missing, fail now
     torch.use_deterministic_algorithms(device == "cpu")     # else threads add in any order
     task = TASKS[config.data]() if config.data in TASKS else ProblemFile(config.data)
-    config.out = choose_out(config, world_size)
+    config.out = choose_out(config)
     out = Path(config.out)
-    all_reduce(torch.zeros((), device=device))              # all have seen that --out is free
-    if rank == 0 and config.model == "tiny" and not (out / "base").exists():
+    all_reduce(torch.zeros(()))                             # all have seen that --out is free
+    if RANK == 0 and config.model == "tiny" and not (out / "base").exists():
         base = Path(f"runs/tiny-base-{config.seed}")
         make_base(base, task, config, device)
         shutil.copytree(base, out / "base")                 # so that a run can be moved
-    all_reduce(torch.zeros((), device=device))              # the base is there
+    all_reduce(torch.zeros(()))                             # the base is there
     model, tokenizer = load_model(base_folder(out, asdict(config)), device, config.dtype)
     config.date = config.date or time.strftime("%Y-%m-%d")
     set_chat_format(tokenizer, asdict(config))
@@ -413,59 +408,59 @@ def train(config):
     torch.manual_seed(config.seed)
     encoder = attach_by_config(model, asdict(config))
     optimizer = torch.optim.AdamW(encoder.trainable_parameters(), betas=(0.8, 0.99), weight_decay=0)
-    out.mkdir(parents=True, exist_ok=True)
-    lock = rank == 0 and open_locked(out / "metrics.jsonl")         # for as long as this runs
+    if RANK == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        locked = [open_locked(out / name) for name in LOGS]         # until this function ends
+        if not (out / "checkpoint.pt").exists():
+            save_checkpoint(out, 0, encoder, optimizer, config, trained_on)
+    all_reduce(torch.zeros(()))                             # the checkpoint is there
     done = load_checkpoint(out, encoder, optimizer, trained_on)
-    if rank == 0:
+    if RANK == 0:
         write_json(out / "config.json", asdict(config) | {"resume": ""})
-    if rank == 0 and config.wandb:
+    if RANK == 0 and config.wandb:
         wandb.init(project="nanopte", name=out.name, config=asdict(config))
 
     for step in range(done, config.steps):
         start = time.time()
         # The problems of this step, and the learning rate: up for `warmup` steps, then down.
-        problems = task.batch(step, config.prompts, config.seed)[rank * n:(rank + 1) * n]
+        problems = task.batch(step, config.prompts, config.seed)[RANK * n:(RANK + 1) * n]
         prompts = [problem_ids(tokenizer, problem, config.prompt_template) for problem in problems]
-        seed = (config.seed * 1_000_003 + step) * config.prompts + rank * n
+        seed = (config.seed * 1_000_003 + step) * config.prompts + RANK * n
         decay = 1 - 0.9 * step / config.steps
         lr = config.lr * min((step + 1) / max(config.warmup, 1), decay)
         optimizer.param_groups[0]["lr"] = lr
         # Sample, reward, update.
-        try:
-            rollout = generate_in_parts(
-                model, encoder, prompts, config.group_size, rollout_batch=config.rollout_batch,
-                max_new_tokens=config.max_new_tokens, window=config.window,
-                evict_ratio=config.evict_ratio, temperature=config.temperature,
-                seeds=range(seed, seed + n))
-            rows = grade_rollout(problems, rollout, tokenizer)
-            for row, i in zip(rows, rollout.prompt_of.tolist()):
-                row["reward"] = task.reward(problems[i], row["response"], row["tokens"],
-                                            not row["truncated"])
-            rewards = torch.tensor([row["reward"] for row in rows], device=device)      # (B,)
-            metrics = grpo_step(model, encoder, optimizer, rollout, rewards, config, all_reduce)
-        except torch.OutOfMemoryError:
-            raise UserError("out of memory: lower --rollout-batch, --micro-batch, "
-                            "--max-new-tokens or --window") from None
+        rollout = generate_in_parts(
+            model, encoder, prompts, config.group_size, rollout_batch=config.rollout_batch,
+            max_new_tokens=config.max_new_tokens, window=config.window,
+            evict_ratio=config.evict_ratio, temperature=config.temperature,
+            seeds=range(seed, seed + n))
+        rows = grade_rollout(problems, rollout, tokenizer)
+        for row, i in zip(rows, rollout.prompt_of.tolist()):
+            row["reward"] = task.reward(problems[i], row["response"], row["tokens"],
+                                        not row["truncated"])
+        rewards = torch.tensor([row["reward"] for row in rows], device=device)      # (B,)
+        metrics = grpo_step(model, encoder, optimizer, rollout, rewards, config, all_reduce)
         # Measure, warn, save.
-        metrics["logp_gap"] *= world_size                       # the sum over processes, as a bound
+        gaps = torch.zeros(WORLD_SIZE)
+        gaps[RANK] = metrics["logp_gap"]
         metrics |= step_metrics(rows)
         metrics["seconds"] = time.time() - start
-        means = torch.tensor(list(metrics.values()), dtype=torch.float64) / world_size
+        means = torch.tensor(list(metrics.values()), dtype=torch.float64) / WORLD_SIZE
         metrics = dict(zip(metrics, all_reduce(means).tolist()))        # over all processes
+        metrics["logp_gap"] = all_reduce(gaps).max().item()
         n_tokens = metrics["response_tokens"] * config.prompts * config.group_size
         metrics["tokens_per_second"] = n_tokens / metrics["seconds"]
         metrics = {"step": step + 1, "K": problems[0].get("K"), "lr": lr, **metrics}
         warn_if_unhealthy(metrics, model.norm.weight.dtype)
-        is_last = step + 1 == config.steps
-        if rank == 0:
+        if RANK == 0:
             append(out / "metrics.jsonl", [metrics])
-            if step % config.sample_every == 0 or is_last:
+            if config.wandb:
+                wandb.log(metrics, step=step + 1)
+            if step == 0 or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 for i in range(min(n, 4)):                  # the first response to each prompt
                     sample = {"step": step + 1, "prompt": tokenizer.decode(prompts[i])}
                     append(out / "samples.jsonl", [sample | rows[i * config.group_size]])
-            if config.wandb:
-                wandb.log(metrics, step=step + 1)
-            if (step + 1) % config.save_every == 0 or is_last:
                 save_checkpoint(out, step + 1, encoder, optimizer, config, trained_on)
         yield metrics
 
@@ -500,8 +495,8 @@ def print_table(config):
     windows = sorted({"0", str(config.window)})
     print(compare(evaluation_args([
         "--runs", str(out), "--data", *files, "--window", *windows, "--json", f"{out}/table.json",
-        "--max-new-tokens", "64", "--batch", "500", "--grader", "builtin",
-        "--device", config.device, "--dtype", config.dtype])))
+        "--max-new-tokens", str(max(64, config.max_new_tokens)), "--batch", "500",
+        "--grader", "builtin", "--device", config.device, "--dtype", config.dtype])))
     rows = read_json(out / "table.json")["rows"]
     K = max(task.train_counts)
     found = [row["scores"][f"{config.data}-{K}"]["accuracy"][0] for row in rows
@@ -516,15 +511,18 @@ def main():
     start = time.time()
     recent = []
     try:
-        for metrics in tqdm(train(config), "GRPO", config.steps, disable=not IS_FIRST, delay=1):
-            recent.append(metrics)
-            if metrics["step"] % 20 == 0 or metrics["step"] == config.steps:
-                log(status_line(recent))
-                recent = []
-        if IS_FIRST and config.model == "tiny" and config.test_problems:
+        with tqdm(total=config.steps, desc="GRPO", disable=RANK > 0, delay=1) as bar:
+            for metrics in train(config):
+                bar.update(metrics["step"] - bar.n)
+                recent.append(metrics)
+                if metrics["step"] % 20 == 0 or metrics["step"] == config.steps:
+                    log(status_line(recent))
+                    recent = []
+        if RANK == 0 and config.model == "tiny" and config.test_problems:
             print_table(config)
     except KeyboardInterrupt:
-        log(f"stopped; go on from the last checkpoint with: python train.py --resume {config.out}")
+        if Path(config.out, "checkpoint.pt").exists():
+            log(f"go on from the last checkpoint with: python train.py --resume {config.out}")
         raise
     log(f"{(time.time() - start) / 60:.1f} minutes; everything is in {config.out}")
 

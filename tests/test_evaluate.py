@@ -217,6 +217,9 @@ def test_arms_have_names(trained, tmp_path):
     assert [name for name, _ in arms.values()] == [
         "no training", "PTE", "PTE", "LoRA", "LoRA_c", "global-only", "PTE, paper's order, sum"]
     assert [name for name, _ in find_arms("", [pte]).values()] == ["no training", "PTE"]
+    narrow = variant(trained, tmp_path / "narrow", window=4)
+    with pytest.raises(UserError, match="differ in window"):    # no seeds of one arm
+        find_arms("", [pte, narrow])
 
 @pytest.fixture
 def table(trained, data, tmp_path, coin):
@@ -319,11 +322,12 @@ def test_a_full_disk_is_named():
             append("/dev/full", [{"x": 1}])
 
 @pytest.mark.parametrize("settings, words", [
-    (dict(runs=[]), "--model --runs"), (dict(data=[]), "math500"), (dict(batch=0), "number"),
+    (dict(runs=[]), "--model --runs"), (dict(data=[]), "math500"), (dict(batch=0), "--batch 1"),
     (dict(window=[3]), "window 3"), (dict(samples=4, temperature=0.0), "--samples --temperature"),
     (dict(samples=4, pass_at=16), "--pass-at --samples"), (dict(json="x.txt"), "x.txt .json"),
     (dict(max_new_tokens=9999), "six.jsonl, line 1 9999"),
-    (dict(runs=["nowhere"]), "nowhere/config.json")])
+    (dict(runs=["nowhere"]), "nowhere/config.json"), (dict(limit=-1), "--limit 0"),
+    (dict(prompt_template="x"), "--prompt-template {problem}")])
 def test_mistakes_are_refused(trained, data, tmp_path, monkeypatch, settings, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as refusal:

