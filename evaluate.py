@@ -117,7 +117,8 @@ class ProblemFile:
 # ------------------------------------------------------------------- finding and comparing answers
 
 MAX_ANSWER = 500                        # characters; the longest gold answer has 210
-PHRASE = re.compile(r"(?s:.*)(?:\bthe (?:final |correct )?answer is:?|\banswer(?:\*\*)?:|####)"
+PHRASE = re.compile(r"(?s:.*)(?:\bthe (?:final |correct )?answer is:?|\banswer(?:\*\*)?:"
+                    r"|####(?=\s*[-$\d]))"                      # but no heading of Markdown
                     r"[\s*$]*([^\s*$].{0,499}?)(?:[.*$ \r]{0,4}(?:\n|$)|\.\**\s)", re.I)
 
 def extract_answer(text):
@@ -144,7 +145,10 @@ REWRITES = (                                                    # pattern, usual
     (r"\\(?:left|right|displaystyle|large|limits)(?![a-z])|(?<!\\)\\[()\[\]]|\\!\s*|\.(?=/)", ""),
     (r"(?<=\\)[dt](?=frac)|(?<=\\)l(?=dots)|(?<=\\[gln]e)q(?:slant)?(?![a-z])", ""),     # \dfrac
     (r"−", "-"),
+    (r"\{,\}", ","),                                            # 1{,}000
     (r"\^\{?\\circ\}?| ?degrees?\b", "°"),
+    (r" ?\\?percent\b", "%"),
+    (r"\bfeet\b", "ft"),
     (r"^\s*\\?\$([\d.,]+)\s*$", r"\1 dollar"),
     (r"\\?\$|\\(?:text[a-z]*|mbox|mathrm|mathbf|operatorname) ?\{([^{}]*)\}", r" \1 "),
     (r"(?:, *)?\b(?:and|or)\b", ","),
@@ -466,7 +470,7 @@ def draw(rows, path):
     for arm in dict.fromkeys(row["arm"] for row in rows):
         points = sorted([row["cache_mb"], *row["average"]] for row in rows if row["arm"] == arm)
         x, mean, low, high = np.array(points).T
-        axes.errorbar(x, mean, np.maximum([mean - low, high - mean], 0), label=arm, marker="o", capsize=3)
+        axes.errorbar(x, mean, np.maximum([mean - low, high - mean], 0), label=arm, marker="o")
     axes.set(xlabel="cache of a sequence, MB", ylabel="average accuracy")
     axes.legend()
     figure.savefig(path)

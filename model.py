@@ -332,6 +332,10 @@ def word_pattern(pre_tokenizer):
             return WORDS
     raise UserError(f"pre_tokenizer {str(pre_tokenizer):.1000} is not implemented")
 
+def raise_exception(message):
+    """Chat templates call it for messages that they refuse."""
+    raise ValueError(message)
+
 class Tokenizer:
     """Text to ids and back, as the folder's Hugging Face tokenizer does it (byte-level BPE).
     n_ids: largest id + 1. bos_id: or None. adds_bos: whether plain text begins with it."""
@@ -348,6 +352,8 @@ class Tokenizer:
 
     def __init__(self, spec, config):
         self.template = config.get("chat_template")
+        if isinstance(self.template, list):                 # several, with names
+            self.template = {t["name"]: t["template"] for t in self.template}.get("default")
         self.template_args = {}             # more variables for it, like {"enable_thinking": False}
         self.system = ""                    # a system message that `prompt` begins with
         self.date = None                    # today in a template, a time.struct_time; None: today
@@ -425,6 +431,7 @@ class Tokenizer:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         variables = self.names | dict(
             messages=guarded, add_generation_prompt=True, tools=None, documents=None,
+            raise_exception=raise_exception,
             strftime_now=lambda form: time.strftime(form, self.date or time.localtime()))
         try:
             text = environment.from_string(template).render(variables | self.template_args)
