@@ -8,7 +8,8 @@ of the tokens that have left (paper, section 3). Per layer one buffer for keys a
 
 When all W response slots are taken and one more token is to be written, the oldest E leave: `evict`
 hands out their keys and values, and the next E tokens take their slots. So the W slots are a ring:
-response token n lies in slot P + (n mod W). `window = 0` is the full cache: its ring never fills.
+the n-th response token (from 0) lies in slot P + (n mod W). `window = 0` is the full cache: its
+ring never fills.
 
 Three facts keep this simple:
 - Attention does not care in which slot a key lies: its position is in the key itself (RoPE).
@@ -53,7 +54,8 @@ class SlidingCache:
     Tokens have numbers: 0 ... P-1 in the prompt, padded at its end to P, then P, P+1, ..."""
 
     def __init__(self, n_layers, prompt_lengths, P, window, evict_size, max_new_tokens):
-        """prompt_lengths (N,): without pads. P: the width of the padded prompts."""
+        """prompt_lengths (N,), or (B,) after `expand_prompts`: without pads. P: the width of the
+        padded prompts."""
         if window == 0 or window >= max_new_tokens:
             window = max_new_tokens
             evict_size = max_new_tokens
@@ -108,7 +110,8 @@ class SlidingCache:
 
     @property
     def n_slots(self):
-        """How many slots attention reads. The ring is filled from the left, the rest is empty."""
+        """How many slots attention reads: until the ring is full for the first time, only those on
+        the left that have been written."""
         return len(self.token_at) if self.read_all_slots else min(self.n_tokens, len(self.token_at))
 
     # ---- for rollout and replay: rows, evictions, detach
@@ -136,9 +139,9 @@ class SlidingCache:
     def slots_to_evict(self):
         """The eviction rule: the slots (E,) of the oldest E response tokens.
 
-        Another rule goes here. The replay evicts through this method too, so it follows the rule if
-        that depends on nothing but the number of response tokens, n_tokens - P (a random rule: use
-        it as the seed; then all rows and steps share one pattern)."""
+        Another rule goes here. It must return E slots. The replay evicts through this method too,
+        so it follows the rule if that depends on nothing but the number of response tokens,
+        n_tokens - P. (Random eviction: take that number as the seed.)"""
         oldest_first = self.token_at[self.P:].argsort()
         return self.P + oldest_first[:self.E]
 

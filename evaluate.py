@@ -1,6 +1,8 @@
 r"""evaluate.py: is an answer right, how often, and with how much memory? The table of all arms.
 
-    accuracy = mean over samples of [answer is right],   y ~ pi(. | C_t, S_t) under a window W
+An arm is a model before training, or all runs of one method, which differ in their seeds.
+
+    accuracy = mean over samples of [answer is right], sampled under a window W (rollout.py)
     pass@k   = 1 - C(n - c, k) / C(n, k)     c of n samples are right: is one of k of them?
     maj@k    = is the most frequent answer of the first k right? Tied answers share the point
 
@@ -396,11 +398,11 @@ def find_arms(model, runs):
         arms[run] = name, config
     return arms
 
-def load_arm(place, config, args):
+def load_arm(folder, config, args):
     """(model, its encoder or None, tokenizer) of a run, or without a config of a base model."""
     if config:
-        return load_run(place, args.model, args.device, args.dtype)[:3]
-    model, tokenizer = load_model(place, args.device, args.dtype)
+        return load_run(folder, args.model, args.device, args.dtype)[:3]
+    model, tokenizer = load_model(folder, args.device, args.dtype)
     return model, None, tokenizer
 
 def answer_problems(loaded, common, problem_set, todo, args):
@@ -520,23 +522,23 @@ def compare(args):
     path.parent.mkdir(parents=True, exist_ok=True)
     locked = open_locked(lines_path)                                    # until this returns
     records = read_records(lines_path, settings)
-    for place, (arm, config) in arms.items():
+    for folder, (arm, config) in arms.items():
         loaded = None                                                   # the last one is freed
         for window, name in itertools.product(args.windows, sets):
             numbers = range(len(sets[name].problems))
             todo = [pair for pair in itertools.product(numbers, range(sets[name].n_samples))
-                    if (place, window, name, *pair) not in records]
+                    if (folder, window, name, *pair) not in records]
             if not todo:
                 continue
-            loaded = loaded or load_arm(place, config, args)
+            loaded = loaded or load_arm(folder, config, args)
             set_chat_format(loaded[2], vars(args))
-            common = {"arm": arm, "model": place, "window": window, "data": name}
+            common = {"arm": arm, "model": folder, "window": window, "data": name}
             for found in answer_problems(loaded, common, sets[name], todo, args):
                 records |= {key(record): record for record in found}
                 append(lines_path, found)
     rows = []
     for arm in dict.fromkeys(arm for arm, _ in arms.values()):
-        models = [place for place, (name, _) in arms.items() if name == arm]
+        models = [folder for folder, (name, _) in arms.items() if name == arm]
         for window in args.windows:
             rows.append(table_row(arm, window, models, sets, records, args.grader))
     write_json(path, {"grader": settings["grader"], "settings": settings, "rows": rows})

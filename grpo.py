@@ -195,7 +195,7 @@ def micro_batches(rollout, advantages, max_tokens, all_rows=False):
 # --------------------------------------------------------------------------------- one step of GRPO
 
 def backward(model, encoder, rollout, advantages, rows, n_tokens, config):
-    """Adds the gradient of these rows' part of the loss to .grad. n_tokens: the N of the loss.
+    """Adds the gradient of these rows' part of the loss to .grad. n_tokens: as in the loss above.
 
     Returns a tensor with the sums of loss, KL, clipped tokens and tokens, and the largest
     |log-prob of the replay - log-prob of the rollout|."""

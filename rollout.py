@@ -62,7 +62,8 @@ def sample(logits, temperature, u):
     logps = torch.log_softmax(logits / (temperature or 1.0), dim=-1)            # (B, vocab)
     if temperature == 0:
         ids = logps.argmax(dim=-1, keepdim=True)                                # (B, 1)
-    else:                               # the first id whose cumulative probability reaches 1 - u
+    else:                               # the first id whose cumulative probability reaches 1 - u,
+        # which is above 0: an id of probability 0 is never drawn
         cdf = logps.exp().cumsum(dim=-1)                                        # (B, vocab)
         target = (1 - u[:, None]).to(cdf.dtype) * cdf[:, -1:]                   # (B, 1)
         ids = torch.searchsorted(cdf, target).clamp(max=cdf.shape[1] - 1)       # (B, 1)
