@@ -5,10 +5,13 @@ a state S of M x R numbers per row and layer, however long the response is (pape
 learnable global tokens h_g (M, KV*D) and projections W_Q, W_K, W_V: KV*D -> R (written as in the
 paper; in the code q = h_g @ W_Q, k = K_e @ W_K, v = V_e @ W_V),
 
-    S' = (W_Q h_g) (W_K K_e)^T (W_V V_e) / sqrt(R E)         --memory-order paper
-    S' = (W_Q h_g) (W_V V_e)^T (W_K K_e) / sqrt(R E)         --memory-order keys-match (ours)
+    S' = 2 / (R sqrt(E)) (W_Q h_g) (W_K K_e)^T (W_V V_e)     --memory-order paper
+    S' = 2 / (R sqrt(E)) (W_Q h_g) (W_V V_e)^T (W_K K_e)     --memory-order keys-match (ours)
 
-is what one eviction adds. With h_g in the place of K_e and V_e, and normalized, it is S_0, which
+is what one eviction adds. Keys and values are divided by their RMS first, token by token, so that
+in every model S' starts at about twice the size of the memory (ours: without it, and with the
+factor 1 / sqrt(R E), it was 15 times the memory on SmolLM2, and each eviction erased what was
+there). With h_g in the place of K_e and V_e, and normalized, it is S_0, which
 the memory starts as. Then, at each eviction,
 
     memory <- Normalize(memory + S')                         --memory-update paper
@@ -115,10 +118,12 @@ class ThoughtEncoder(nn.Module):
 
     def encode(self, K, V):
         """S' of keys K and values V, (L, B, E, KV*D) each -> (L, B, M, R)"""
-        scale = (self.R * K.shape[2]) ** -0.5                       # 1 / sqrt(R E)
+        scale = 2 / (self.R * K.shape[2] ** 0.5)                    # 2 / (R sqrt(E))
+        K = F.rms_norm(K.to(self.h_g.dtype), K.shape[-1:])
+        V = F.rms_norm(V.to(self.h_g.dtype), V.shape[-1:])
         q = (self.h_g @ self.W_Q)[:, None]                          # (L, 1, M, R)
-        k = K.to(q.dtype) @ self.W_K[:, None]                       # (L, B, E, R)
-        v = V.to(q.dtype) @ self.W_V[:, None]                       # (L, B, E, R)
+        k = K @ self.W_K[:, None]                                   # (L, B, E, R)
+        v = V @ self.W_V[:, None]                                   # (L, B, E, R)
         if self.memory_order == "keys-match":
             return scale * q @ (v.mT @ k)                           # (L, B, M, R)
         return scale * q @ (k.mT @ v)                               # (L, B, M, R)

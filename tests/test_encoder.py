@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from conftest import ADAPTERS, tiny_encoder, tiny_model, tiny_prompts
-from encoder import AdaptedLinear, attach
+from encoder import AdaptedLinear, ThoughtEncoder, attach
 from rollout import generate
 
 L = 2               # sizes of the tiny model and its encoder
@@ -38,6 +38,9 @@ def test_states_follow_the_equations(memory_order, memory_update, E, float64):
     found = [S.detach().numpy() for S in states(encoder, evicted)]
     h, W_Q, W_K, W_V = [x.detach().numpy() for x in encoder.parameters(recurse=False)]
 
+    def rms_norm(x):
+        return x / np.sqrt((x ** 2).mean(axis=1, keepdims=True))
+
     def normalize(S):
         return S / np.sqrt((S ** 2).sum(axis=1, keepdims=True))         # each row has norm 1
 
@@ -46,18 +49,28 @@ def test_states_follow_the_equations(memory_order, memory_update, E, float64):
         evicted = [(V_e, K_e) for K_e, V_e in evicted]
     for layer in range(L):
         q = h[layer] @ W_Q[layer]                                       # (M, R)
-        k = h[layer] @ W_K[layer]                                       # (M, R)
-        v = h[layer] @ W_V[layer]                                       # (M, R)
+        k = rms_norm(h[layer]) @ W_K[layer]                             # (M, R)
+        v = rms_norm(h[layer]) @ W_V[layer]                             # (M, R)
         for b in range(B):
             memory = normalize(q @ k.T @ v)                             # (M, R)
             np.testing.assert_allclose(found[0][layer, 0], memory, atol=1e-12)
             for S, (K_e, V_e) in zip(found[1:], evicted):
-                k_e = K_e[layer, b].numpy() @ W_K[layer]                # (E, R)
-                v_e = V_e[layer, b].numpy() @ W_V[layer]                # (E, R)
-                memory = memory + q @ k_e.T @ v_e / np.sqrt(R * E)
+                k_e = rms_norm(K_e[layer, b].numpy()) @ W_K[layer]      # (E, R)
+                v_e = rms_norm(V_e[layer, b].numpy()) @ W_V[layer]      # (E, R)
+                memory = memory + q @ k_e.T @ v_e * 2 / R / np.sqrt(E)
                 if memory_update == "paper":
                     memory = normalize(memory)
                 np.testing.assert_allclose(S[layer, b], normalize(memory), atol=1e-12)
+
+def test_what_an_eviction_writes_has_the_size_of_the_memory_whatever_the_size_of_the_keys():
+    """Else the paper's rule forgets at once all that was there before."""
+    torch.manual_seed(0)
+    for R, E, size in ((4, 5, 1.0), (32, 64, 1.0), (32, 64, 30.0), (16, 4, 0.01)):
+        encoder = ThoughtEncoder(3, 96, "pte", R, R, "keys-match", "paper")
+        K = size * torch.randn(3, 2, E, 96)
+        V = size * torch.randn(3, 2, E, 96)
+        ratio = encoder.encode(K, V).norm(dim=-1) / encoder.initial_memory().norm(dim=-1)
+        assert 0.5 < ratio.mean() < 4
 
 def test_ablations_have_the_states_they_are_named_for():
     evicted = evictions(3, 4)
