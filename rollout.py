@@ -105,7 +105,6 @@ class RecordedStep:
 
     def __init__(self, model):
         self.model = model
-        self.graph = None
         self.fixed = None
 
     def __call__(self, ids, cache, S):
@@ -133,7 +132,6 @@ class RecordedStep:
         except RuntimeError as error:
             warnings.warn(f"decoding goes on without a CUDA graph, more slowly: {error}")
             self.graph = None
-            cache.slots = inputs[4]
 
 @torch.inference_mode()
 def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0, evict_ratio=0.25,
