@@ -36,6 +36,7 @@ Left out: softmax or gates in S', a state shared by layers.
 
 Try it:  python train.py     and, to see what the state is worth:  python train.py --adapter lora
 """
+import hashlib
 import json
 import shutil
 import time
@@ -184,14 +185,28 @@ def read_config(run):
                         "folder that train.py wrote, or train again")
     return config
 
-def base_folder(run, config):
-    """The folder of the model that a run was trained on. Raises UserError if it is gone."""
-    if config["model"] == "tiny":
+def weights_hash(folder):
+    """A short hash of the weights of a model or run: of the last megabyte of each file."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()[:8]
+
+def base_folder(run, config, model=""):
+    """The folder of the model that a run was trained on. model: its new place. Raises UserError if
+    it is gone, or another model."""
+    if not model and config["model"] == "tiny":
         return Path(run) / "base"
-    if Path(config["model"]).is_absolute() and not Path(config["model"]).exists():
-        raise UserError(f"{run} was trained on {config['model']}, which is gone; give its new "
-                        "place with --model DIR")
-    return model_folder(config["model"])
+    name = model or config["model"]
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise UserError(f"the model {name} of {run} is gone; give its new place with --model DIR")
+    folder = model_folder(name)
+    if config.get("base_hash", "") not in ("", weights_hash(folder)):
+        raise UserError(f"{folder} is not the model that {run} was trained on; give that one with "
+                        "--model DIR")
+    return folder
 
 def attach_by_config(model, config):
     """`attach` with the settings of a run's config (a dict)."""
@@ -238,7 +253,7 @@ def load_run(run, model="", device="auto", dtype="auto"):
 
     model: another place of the model that it was trained on. Raises UserError."""
     config = read_config(run)
-    loaded, tokenizer = load_model(model or base_folder(run, config), device, dtype)
+    loaded, tokenizer = load_model(base_folder(run, config, model), device, dtype)
     set_chat_format(tokenizer, config)
     encoder = attach_by_config(loaded, config)
     load_adapter(run, encoder)
@@ -255,7 +270,7 @@ def merge_adapter(run, out, model=""):
     if not out or Path(out).exists():
         raise UserError(f"--merge {run} writes a new folder; give one that does not exist yet "
                         "with --out DIR")
-    folder = model_folder(model) if model else base_folder(run, config)
+    folder = base_folder(run, config, model)
     weights = read_folder(folder)
     saved = read_safetensors(Path(run) / "adapter.safetensors")
     for name, B in saved.items():

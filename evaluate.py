@@ -33,7 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cache import eviction_size
-from encoder import base_folder, load_run, read_config, set_chat_format
+from encoder import base_folder, load_run, read_config, set_chat_format, weights_hash
 from model import ArgumentParser, UserError, load_model, model_folder, run_script, write_json
 from rollout import check_prompts, generate
 
@@ -73,6 +73,8 @@ def read_problem(row, tolerance):
     """A row of a problem file as the rest of this file needs it. Raises ValueError."""
     problem = row.get("problem") or row.get("question") or row.get("prompt")
     answer = row.get("answer", row.get("final_answer"))
+    if isinstance(answer, dict):
+        answer = None
     if isinstance(answer, list):                                    # OlympiadBench on the hub
         answer = ", ".join(answer).replace("$", "")
     answer = str(answer).rpartition("####")[2].strip()              # GSM8K ends with "#### 72"
@@ -166,7 +168,8 @@ REWRITES = (                                                    # pattern, usual
 NAME = re.compile(r"^[|\\]?[A-Za-z]\w*(?:_\{[^}]*\}|\(\w+\)|\|)?(?:=|\\in\b)(?!.*[=<>]|.*\\[gln]e)")
 UNIT = re.compile(r"(?<=[\d)}])\\?(%|°|dollar|cent|inch|feet|mile|meter|[cmk]m|[mk]g|m[lL]|ft"
                   r"|hour|minute|second|day|week|month|year|unit|percent|m/s|mph)(?:e?s)?(\^\d)?$")
-NUMBER = re.compile(r"(?<![^,(\[])[-+]?(?!0\d)(?:\d+/[1-9]\d*|\d*\.?\d+(?:e-?\d{1,3})?)(?![^,)\]])")
+NUMBER = re.compile(r"(?<![^,(\[])[-+]?(?!0\d)(?:\d+/[1-9]\d*|\d*\.?\d+(?:e[-+]?\d{1,3})?)"
+                    r"(?![^,)\]])")                             # between commas and brackets
 
 @lru_cache(maxsize=10_000)              # train.py asks twice about every response
 def same_answer(gold, prediction, tolerance=0.0, grader="auto"):
@@ -318,8 +321,8 @@ def open_locked(path):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{path}: another process is writing to it; stop that one first, or "
-                            "give another name") from None
+            raise UserError(f"{path}: another process is writing to it (or a stopped cell of this "
+                            "notebook: restart it); stop that, or give another name") from None
     return file
 
 def key(record):
@@ -329,14 +332,17 @@ def read_records(path, settings):
     """{key: record}, as earlier calls with the same settings left them in a .jsonl file. Its first
     line holds the settings; a last line that was cut off is dropped. Raises UserError."""
     header = json.dumps(settings) + "\n"
-    text = path.read_text() if path.exists() else ""
-    if not text.startswith(header) and not header.startswith(text):
+    text = path.read_text(errors="replace")
+    whole = text[:text.rfind("\n") + 1]
+    if not whole.startswith(header) and not header.startswith(text):    # the latter: it was cut off
         raise UserError(f"{path} holds something else, or results of other settings; give another "
                         "--json")
-    whole = text[:text.rfind("\n") + 1] or header
     if whole != text:
         path.write_text(whole)
-    return {key(record): record for record in map(json.loads, whole.splitlines()[1:])}
+    try:
+        return {key(record): record for record in map(json.loads, whole.splitlines()[1:])}
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path}: a line is damaged; take it out, or give another --json") from None
 
 # ---------------------------------------------------------------------------------- the evaluation
 
@@ -381,7 +387,8 @@ def find_arms(model, runs):
     """{run, or model before training: (name of the arm, config of the run or None)}. Runs of the
     same name are seeds of one arm."""
     configs = {str(run): read_config(run) for run in runs}
-    bases = [model_folder(model)] if model else [base_folder(*item) for item in configs.items()]
+    bases = [base_folder(run, config, model) for run, config in configs.items()]
+    bases = bases or [model_folder(model)]
     arms = {str(base): ("no training", None) for base in bases}
     first = {}                                                  # config of an arm's first run
     for run, config in configs.items():
@@ -485,9 +492,12 @@ def settle(args, configs):
         args.windows = sorted({config["window"] for config in configs})
     if not args.max_new_tokens:
         args.max_new_tokens = max(config["max_new_tokens"] for config in configs)
-    for name in ("evict_ratio", "prompt_template", "system", "template_args"):
+    for name in ("evict_ratio", "prompt_template", "system", "template_args", "date"):
+        values = [config.get(name, "") for config in configs]
+        if getattr(args, name) is None and values != values[:1] * len(values):
+            raise UserError(f"the runs differ in {name}; give --{name.replace('_', '-')}")
         if getattr(args, name) is None:
-            setattr(args, name, configs[0].get(name, ""))
+            setattr(args, name, values[0])
     for window in args.windows:
         eviction_size(window, args.evict_ratio)
     if LIBRARY is None:
@@ -501,8 +511,8 @@ def compare(args):
     if not (args.model or args.runs) or not args.data:
         raise UserError("give --model DIR or --runs RUN, and --data FILE.jsonl or one of "
                         f"{', '.join(BENCHMARKS)}")
-    if args.batch < 1 or min(args.limit, args.samples or 0, args.temperature or 0) < 0:
-        raise UserError("--batch must be at least 1, --limit, --samples, --temperature at least 0")
+    if args.batch < 1 or min(args.limit, args.samples or 0, args.pass_at or 0) < 0:
+        raise UserError("--batch must be at least 1, --limit, --samples, --pass-at at least 0")
     arms = find_arms(args.model, args.runs)
     settle(args, [config for _, config in arms.values() if config] or [WITHOUT_RUNS])
     sets = dict(load_set(name, args) for name in args.data)
@@ -510,18 +520,21 @@ def compare(args):
         raise UserError("--data: two files have the same name")
     settings = {"grader": f"math-verify {LIBRARY}" if args.grader == "auto" else "builtin"}
     for name in ("seed", "max_new_tokens", "evict_ratio", "dtype", "prompt_template", "system",
-                 "template_args"):
+                 "template_args", "date"):
         settings[name] = getattr(args, name)
-    for name, problem_set in sets.items():
-        settings[name] = [problem_set.n_samples, problem_set.temperature,
-                          problems_hash(problem_set.problems)]
+    settings["data"] = {name: [problem_set.n_samples, problem_set.temperature,
+                               problems_hash(problem_set.problems)]
+                        for name, problem_set in sets.items()}
     path = Path(args.json)
     lines_path = path.with_suffix(".jsonl")
-    if path.suffix != ".json" or path.exists() and not lines_path.exists():
+    is_taken = path.exists() or path.with_suffix(".md").exists()
+    if path.suffix != ".json" or is_taken and not lines_path.exists():
         raise UserError(f"--json {path}: give a new name that ends in .json")
     path.parent.mkdir(parents=True, exist_ok=True)
     locked = open_locked(lines_path)                                    # until this returns
-    records = read_records(lines_path, settings)
+    hashes = {folder: weights_hash(folder) for folder in arms}
+    records = {pair: record for pair, record in read_records(lines_path, settings).items()
+               if record["weights"] == hashes.get(record["model"])}     # not of older weights
     for folder, (arm, config) in arms.items():
         loaded = None                                                   # the last one is freed
         for window, name in itertools.product(args.windows, sets):
@@ -532,10 +545,12 @@ def compare(args):
                 continue
             loaded = loaded or load_arm(folder, config, args)
             set_chat_format(loaded[2], vars(args))
-            common = {"arm": arm, "model": folder, "window": window, "data": name}
+            common = {"arm": arm, "model": folder, "weights": hashes[folder], "window": window,
+                      "data": name}
             for found in answer_problems(loaded, common, sets[name], todo, args):
                 records |= {key(record): record for record in found}
-                append(lines_path, found)
+                is_new = lines_path.stat().st_size == 0
+                append(lines_path, [settings, *found] if is_new else found)
     rows = []
     for arm in dict.fromkeys(arm for arm, _ in arms.values()):
         models = [folder for folder, (name, _) in arms.items() if name == arm]
@@ -567,6 +582,7 @@ def evaluation_args(argv=None):
     add("--prompt-template", help="text with {problem} in it; default: as in the run")
     add("--system", help="system message of the chat format; default: as in the run")
     add("--template-args", help="JSON for the chat template; default: as in the run")
+    add("--date", help="YYYY-MM-DD, for chat templates that write it; default: as in the run")
     add("--batch", type=int, default=32, help="rows that are decoded at a time")
     add("--json", default="runs/eval.json", help="file for the scores")
     add("--plot", default="", help="FILE.png: accuracy over memory (pip install matplotlib)")

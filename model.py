@@ -239,12 +239,17 @@ def reading(path):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yields a binary file that replaces `path` once all of it is on the disk. Raises OSError."""
-    with open(f"{path}.tmp", "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    """Yields a binary file that replaces `path` once all of it is on the disk. Raises UserError."""
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:                                # such as a full disk
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.tmp")
+        raise UserError(f"{path}: {error.strerror}") from None
 
 def read_json(path, default=None):
     """The dict in a file of JSON; `default`, if given, where there is no file. Raises UserError."""

@@ -81,7 +81,7 @@ def uniform_numbers(seeds, group_size, max_new_tokens):
     seeds[i] alone. Made on the CPU: the same on every device."""
     groups = []
     for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed % 2**63)
         groups.append(torch.rand(max_new_tokens, group_size, generator=generator).T)    # (G, T)
     return torch.cat(groups)                                                            # (B, T)
 
@@ -142,6 +142,8 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
     integers, 0 ... N-1 if None. progress: title of a tqdm bar. on_token(ids (b,), evicting): called
     in every step. Raises UserError for prompts that are empty or too long for the model."""
     check_prompts(model, prompts, max_new_tokens)
+    if max_new_tokens < 1 or not (temperature == 0 or 0.01 <= temperature <= 100):
+        raise UserError("--max-new-tokens must be 1 or more, --temperature 0 or from 0.01 to 100")
     device = model.embedding.weight.device
     prompt_ids, prompt_lengths = pad_right(prompts, device)                     # (N, P), (N,)
     N, P = prompt_ids.shape
@@ -259,8 +261,6 @@ def main():
         raise UserError("give --model DIR (a model folder) or --run RUN (a run of train.py)")
     config |= {name: value for name, value in vars(args).items() if value is not None}
     set_chat_format(tokenizer, config)
-    if config["max_new_tokens"] < 1 or args.temperature < 0:
-        raise UserError("--max-new-tokens must be 1 or more, --temperature 0 or more")
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span tokens
 
     def show(ids, evicting):

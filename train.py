@@ -16,7 +16,7 @@ In a notebook:  from train import Config, train
 """
 import argparse
 import atexit
-import hashlib
+import io
 import os
 import shutil
 import sys
@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 from cache import eviction_size
 from encoder import (ADAPTERS, MEMORY_ORDERS, MEMORY_UPDATES, attach_by_config, base_folder,
-                     load_run, merge_adapter, read_config, save_adapter, set_chat_format)
+                     load_run, merge_adapter, read_config, save_adapter, set_chat_format,
+                     weights_hash)
 from evaluate import (ProblemFile, append, compare, evaluation_args, extract_answer, grade_rollout,
                       open_locked, problem_ids, problem_prompts, problems_hash)
 from grpo import grpo_step
@@ -101,8 +102,10 @@ class Config:
         if self.preset == "auto":
             self.preset = "tiny" if self.model == "tiny" else "24gb"
         for f in fields(self):
-            if getattr(self, f.name) is None:
-                setattr(self, f.name, f.metadata["default"][PRESETS.index(self.preset)])
+            value = getattr(self, f.name)
+            if value is None:
+                value = f.metadata["default"][PRESETS.index(self.preset)]
+            setattr(self, f.name, f.type(value))            # a notebook may give alpha=16
 
     def check(self):
         """Raises UserError for settings that cannot work."""
@@ -111,18 +114,37 @@ class Config:
         least = dict.fromkeys(("rank", "global_tokens", "max_new_tokens", "prompts", "steps",
                                "rollout_batch", "micro_batch", "inner_epochs", "base_steps",
                                "save_every"), 1)
-        least |= {"group_size": 2, "temperature": 0.01, "seed": 0, "test_problems": 0}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small; "
-                                f"give {value} or more")
+        least |= dict.fromkeys(("alpha", "lr", "warmup", "max_grad_norm", "clip_low", "clip_high",
+                                "kl_coef", "seed", "test_problems"), 0)
+        least |= {"group_size": 2, "temperature": 0.01}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            flag_name = f"--{f.name.replace('_', '-')}"
+            if f.name in least and not least[f.name] <= value < 10**9:
+                raise UserError(f"{flag_name} {value}: give a number from {least[f.name]} to 10^9")
+            if f.metadata["choices"] and value not in f.metadata["choices"]:
+                raise UserError(f"{flag_name} {value}: choose from {f.metadata['choices']}")
+        if self.prompt_template and "{problem}" not in self.prompt_template:
+            raise UserError("--prompt-template: {problem} is missing, where the problem comes")
         if (self.model == "tiny") != (self.data in TASKS):
             raise UserError(f"--model {self.model} --data {self.data}: the tiny model does the "
                             f"task {' or '.join(TASKS)}, other models need a JSONL file")
+        saved = read_config(self.resume) if self.resume else {}
+        for name, value in asdict(self).items():
+            if saved and name not in CHANGEABLE and saved.get(name) != value:
+                raise UserError(f"--{name.replace('_', '-')}: {self.resume} was trained with "
+                                f"{saved.get(name)}, which cannot change; leave the flag out (in "
+                                "Python: use resume_config)")
 
 # What may change when a run goes on: how long it lasts, where it runs, where things are.
-CHANGEABLE = ("resume", "steps", "model", "data", "device", "micro_batch", "rollout_batch",
+CHANGEABLE = ("resume", "out", "steps", "model", "data", "device", "micro_batch", "rollout_batch",
               "save_every", "test_problems", "wandb")
+
+def resume_config(run, **given):
+    """The Config of a run that goes on, with what is given anew. Raises UserError."""
+    saved = read_config(run)
+    settings = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
+    return Config(**{**settings, **given, "resume": str(run)})
 
 def parse_args():
     """The Config of the command line; with --resume, that of the run and what is given anew."""
@@ -137,12 +159,7 @@ def parse_args():
         text = f"{f.metadata['help']} (default: {f.metadata['default']})"
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **how)
     given = vars(parser.parse_args())                       # only the flags that were typed
-    saved = read_config(given["resume"]) if "resume" in given else {}
-    for name in given:
-        if saved and name not in CHANGEABLE and given[name] != saved.get(name):
-            raise UserError(f"--{name.replace('_', '-')}: {given['resume']} was trained with "
-                            f"{saved.get(name)}, which cannot change; leave the flag out")
-    return Config(**{**saved, **given})
+    return resume_config(given.pop("resume"), **given) if "resume" in given else Config(**given)
 
 # ------------------------------------------------------------------- the tiny world: task and base
 
@@ -310,35 +327,30 @@ def choose_out(config):
         out = f"{name}-{n}"
     return out
 
-def fingerprint(model, task):
-    """A short hash of the model's weights and the task's problems. --resume with others fails."""
-    digest = hashlib.sha256(problems_hash(getattr(task, "problems", [])).encode())
-    for weight in (model.embedding.weight, model.blocks[-1].ffn.w_down.weight):
-        digest.update(weight[-8:].cpu().double().numpy().tobytes())
-    return digest.hexdigest()[:12]
-
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
-def save_checkpoint(out, step, encoder, optimizer, config, trained_on):
+def save_checkpoint(out, step, encoder, optimizer, config):
     """Writes all that the next step needs to one file, and the adapter for everybody else."""
     sizes = {name: (out / name).stat().st_size for name in LOGS}
     save_adapter(out, encoder, asdict(config))              # first: never older than the checkpoint
+    buffer = io.BytesIO()
+    torch.save({"step": step, "adapter": encoder.tensors(), "sizes": sizes,
+                "optimizer": optimizer.state_dict()}, buffer)
     with atomic_write(out / "checkpoint.pt") as file:
-        torch.save({"step": step, "adapter": encoder.tensors(), "sizes": sizes,
-                    "optimizer": optimizer.state_dict(), "trained_on": trained_on}, file)
+        file.write(buffer.getvalue())
 
-def load_checkpoint(out, encoder, optimizer, trained_on):
+def load_checkpoint(out, encoder, optimizer):
     """Restores a run, and cuts off what it logged after its checkpoint -> the number of steps done.
-    Raises UserError if the checkpoint is damaged, or of another model or other problems."""
+    Raises UserError if the checkpoint is damaged."""
     path = out / "checkpoint.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["trained_on"] != trained_on:
-            raise ValueError("trained on another --model or --data")
         optimizer.load_state_dict(state["optimizer"])
         for name, tensor in encoder.tensors().items():
             tensor.copy_(state["adapter"][name])
         for name in LOGS if RANK == 0 else ():
+            if (out / name).stat().st_size < state["sizes"][name]:
+                raise ValueError(f"{name} has lost lines")
             os.truncate(out / name, state["sizes"][name])
         return state["step"]
     except Exception as error:              # a damaged file makes torch.load fail in many ways
@@ -395,7 +407,12 @@ def train(config):
         make_base(base, task, config, device)
         shutil.copytree(base, out / "base")                 # so that a run can be moved
     all_reduce(torch.zeros(()))                             # the base is there
-    model, tokenizer = load_model(base_folder(out, asdict(config)), device, config.dtype)
+    saved = read_config(config.resume) if config.resume else {}
+    base = base_folder(out, asdict(config) | {"base_hash": saved.get("base_hash", "")})
+    data_hash = problems_hash(getattr(task, "problems", []))
+    if saved.get("data_hash", data_hash) != data_hash:
+        raise UserError(f"--data {config.data}: not the problems that {out} was trained on")
+    model, tokenizer = load_model(base, device, config.dtype)
     config.date = config.date or time.strftime("%Y-%m-%d")
     set_chat_format(tokenizer, asdict(config))
     if config.model != "tiny":
@@ -404,19 +421,21 @@ def train(config):
         config.data = str(Path(config.data).absolute())     # so that it is found from anywhere
         if Path(config.model).exists():                     # else it is an id on the hub
             config.model = str(Path(config.model).absolute())
-    trained_on = fingerprint(model, task)
     torch.manual_seed(config.seed)
     encoder = attach_by_config(model, asdict(config))
     optimizer = torch.optim.AdamW(encoder.trainable_parameters(), betas=(0.8, 0.99), weight_decay=0)
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
         locked = [open_locked(out / name) for name in LOGS]         # until this function ends
+        hashes = {"base_hash": weights_hash(base), "data_hash": data_hash}
+        settings = asdict(config) | {"resume": "", **hashes}
         if not (out / "checkpoint.pt").exists():
-            save_checkpoint(out, 0, encoder, optimizer, config, trained_on)
+            write_json(out / "config.json", settings)
+            save_checkpoint(out, 0, encoder, optimizer, config)
     all_reduce(torch.zeros(()))                             # the checkpoint is there
-    done = load_checkpoint(out, encoder, optimizer, trained_on)
+    done = load_checkpoint(out, encoder, optimizer)
     if RANK == 0:
-        write_json(out / "config.json", asdict(config) | {"resume": ""})
+        write_json(out / "config.json", settings)           # with what is given anew
     if RANK == 0 and config.wandb:
         wandb.init(project="nanopte", name=out.name, config=asdict(config))
 
@@ -449,9 +468,10 @@ def train(config):
         means = torch.tensor(list(metrics.values()), dtype=torch.float64) / WORLD_SIZE
         metrics = dict(zip(metrics, all_reduce(means).tolist()))        # over all processes
         metrics["logp_gap"] = all_reduce(gaps).max().item()
+        K = problems[0]["K"] if config.data in TASKS else None
         n_tokens = metrics["response_tokens"] * config.prompts * config.group_size
         metrics["tokens_per_second"] = n_tokens / metrics["seconds"]
-        metrics = {"step": step + 1, "K": problems[0].get("K"), "lr": lr, **metrics}
+        metrics = {"step": step + 1, "K": K, "lr": lr, **metrics}
         warn_if_unhealthy(metrics, model.norm.weight.dtype)
         if RANK == 0:
             append(out / "metrics.jsonl", [metrics])
@@ -461,7 +481,7 @@ def train(config):
                 for i in range(min(n, 4)):                  # the first response to each prompt
                     sample = {"step": step + 1, "prompt": tokenizer.decode(prompts[i])}
                     append(out / "samples.jsonl", [sample | rows[i * config.group_size]])
-                save_checkpoint(out, step + 1, encoder, optimizer, config, trained_on)
+                save_checkpoint(out, step + 1, encoder, optimizer, config)
         yield metrics
 
 # -------------------------------------------------------------------------------------- the script
@@ -486,11 +506,12 @@ def print_table(config):
     out = Path(config.out)
     task = TASKS[config.data]()
     rng = np.random.default_rng([config.seed, 2])
-    for old in [*out.glob("table.*"), *out.glob(f"{config.data}-*.jsonl")]:   # from before a resume
-        old.unlink()
+    for name in ("table.json", "table.jsonl", "table.md"):  # from before a resume
+        (out / name).unlink(missing_ok=True)
     files = []
     for K in task.counts:
         files.append(f"{out}/{config.data}-{K}.jsonl")
+        Path(files[-1]).unlink(missing_ok=True)
         append(files[-1], [task.problem(K, rng) for _ in range(config.test_problems)])
     windows = sorted({"0", str(config.window)})
     print(compare(evaluation_args([

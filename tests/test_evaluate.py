@@ -18,7 +18,7 @@ from encoder import save_adapter
 from evaluate import (BENCHMARKS, ProblemFile, append, evaluation_args, find_arms, grade, interval,
                       load_problems, load_set, majority, open_locked, pass_at_k, problem_ids,
                       problem_scores)
-from model import UserError, write_json, write_safetensors
+from model import UserError, read_safetensors, write_json, write_safetensors
 
 DIGITS = ["527184=", "12=", "903341,527184=", "7=", "4455=", "12="]
 
@@ -306,6 +306,15 @@ def test_work_is_not_lost_nor_done_twice(trained, data, tmp_path, coin, monkeypa
             run(**changes)
     run(window=[8, 0])                                         # another window is just added
     assert sum(calls) == 12
+    changed = variant(trained, tmp_path / "changed")            # its adapter is trained further
+    settings = SMALL | dict(window=[8], json=tmp_path / "y.json")
+    for scale in (1, 2):
+        weights = read_safetensors(changed / "adapter.safetensors")
+        weights = {name: scale * tensor.clone() for name, tensor in weights.items()}
+        write_safetensors(changed / "adapter.safetensors", weights)
+        calls.clear()
+        compare([changed], [data / "six.jsonl"], **settings)
+        assert sum(calls) == (12 if scale == 1 else 6)          # not its base again
     with open_locked(path.with_suffix(".jsonl")):               # another process is at it
         with pytest.raises(UserError, match="another process"):
             run()
@@ -327,9 +336,11 @@ def test_a_full_disk_is_named():
     (dict(samples=4, pass_at=16), "--pass-at --samples"), (dict(json="x.txt"), "x.txt .json"),
     (dict(max_new_tokens=9999), "six.jsonl, line 1 9999"),
     (dict(runs=["nowhere"]), "nowhere/config.json"), (dict(limit=-1), "--limit 0"),
-    (dict(prompt_template="x"), "--prompt-template {problem}")])
+    (dict(prompt_template="x"), "--prompt-template {problem}"),
+    (dict(temperature="nan"), "--temperature"), (dict(json="table.json"), "table.json new")])
 def test_mistakes_are_refused(trained, data, tmp_path, monkeypatch, settings, words):
     monkeypatch.chdir(tmp_path)
+    Path("table.md").write_text("somebody's")
     with pytest.raises(UserError) as refusal:
         compare(**(SMALL | dict(runs=[trained], data=[data / "six.jsonl"]) | settings))
     assert all(word in str(refusal.value) for word in words.split())

@@ -202,10 +202,11 @@ def test_hostile_safetensors(tmp_path, data):
 def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "x.json"
     write_json(path, {"a": 1})
-    with pytest.raises(OSError, match="No space"), atomic_write(path) as file:
+    with pytest.raises(UserError, match="x.json: No space"), atomic_write(path) as file:
         file.write(b"half")
         raise OSError(28, "No space left on device")
     assert read_json(path) == {"a": 1} and read_json(tmp_path / "y.json", {}) == {}
+    assert not (tmp_path / "x.json.tmp").exists()
     with pytest.raises(UserError, match="no model.safetensors"):
         read_folder(tmp_path)
 

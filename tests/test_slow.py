@@ -164,8 +164,7 @@ def damage_header(data, rng):
 def use_checkpoint(run):
     _, encoder, _, _ = load_run(run)
     optimizer = torch.optim.AdamW(encoder.trainable_parameters())
-    base = Transformer.from_folder(run / "base")
-    train.load_checkpoint(run, encoder, optimizer, train.fingerprint(base, train.Tally()))
+    train.load_checkpoint(run, encoder, optimizer)
 
 TARGETS = {                             # a file, how else to damage it, what then reads it
     "base/tokenizer.json": (damage_json, lambda run: Tokenizer.from_folder(run / "base")),

@@ -16,7 +16,7 @@ import evaluate
 import rollout
 import train
 from conftest import call
-from model import Transformer, read_safetensors, write_json
+from model import Transformer, UserError, read_safetensors, write_json
 from train import Config, load_run
 
 TINY = dict(prompts=2, group_size=4, window=8, evict_ratio=0.5, max_new_tokens=20, base_steps=2,
@@ -204,7 +204,7 @@ def moved(printed):
 
 def test_a_run_can_be_moved_with_its_model_and_problems(moved, monkeypatch):
     code, _, err = call(rollout, "--run", "far/real", "--prompt", "12")
-    assert code == 2 and "which is gone" in err and "--model DIR" in err
+    assert code == 2 and "is gone" in err and "--model DIR" in err
     assert call(rollout, "--run", "far/real", "--model", "far/model", "--prompt", "12")[0] == 0
     code, _, err = call(train, "--resume", "far/real", "--steps", 3, "--model", "far/model",
                         "--data", "far/six.jsonl")
@@ -215,9 +215,34 @@ def test_a_run_can_be_moved_with_its_model_and_problems(moved, monkeypatch):
 def test_a_run_does_not_go_on_with_another_model_or_other_problems(moved):
     run(out="seed", seed=1, steps=1)
     Path("other.jsonl").write_text('{"problem": "12", "answer": 3}\n')
+    before = Path("far/real/config.json").read_bytes()
     for model, data in (("seed/base", "far/six.jsonl"), ("far/model", "other.jsonl")):
         code, _, err = call(train, "--resume", "far/real", "--model", model, "--data", data)
-        assert code == 2 and "trained on another --model or --data" in err
+        assert code == 2 and "that far/real was trained on" in err
+    assert call(rollout, "--run", "far/real", "--model", "seed/base", "--prompt", "12")[0] == 2
+    assert Path("far/real/config.json").read_bytes() == before
+
+def test_a_notebook_goes_on_with_a_run_under_its_settings():
+    for metrics in train.train(Config(**TINY, out="stop")):
+        if metrics["step"] == 2:
+            break
+    with pytest.raises(UserError, match="cannot change.*resume_config"):
+        list(train.train(Config(resume="stop", steps=3)))       # else with the window of a preset
+    list(train.train(train.resume_config("stop", device="cpu")))
+    assert result("stop") == result("run")
+
+def test_logs_that_have_lost_lines_are_refused():
+    copytree("run", "cut")
+    Path("cut/metrics.jsonl").write_text("")
+    code, _, err = call(train, "--resume", "cut", "--steps", 4)
+    assert code == 2 and "metrics.jsonl has lost lines" in err
+
+def test_a_notebook_may_give_whole_numbers_and_no_strange_ones():
+    assert Config(alpha=16).alpha == 16.0 and type(Config(alpha=16).alpha) is float
+    for name, value in (("lr", float("nan")), ("alpha", -1), ("temperature", float("inf")),
+                        ("seed", 10**14), ("loss", "drgrpo"), ("prompt_template", "x")):
+        with pytest.raises(UserError, match=f"--{name.replace('_', '-')}"):
+            Config(**{name: value}).check()
 
 def test_a_run_is_written_by_one_process_at_a_time():
     with evaluate.open_locked("run/metrics.jsonl"):
