@@ -385,20 +385,18 @@ def step_metrics(rows):
         metrics[name] = np.mean([row[column] for row in rows])
     return metrics
 
-def train(config):
-    """A generator: does one step at a time and yields its metrics, a dict, once they are saved.
+def mean_over_processes(metrics):
+    """The means of all metrics over all processes; of logp_gap the largest."""
+    gaps = torch.zeros(WORLD_SIZE)
+    gaps[RANK] = metrics["logp_gap"]
+    means = torch.tensor(list(metrics.values()), dtype=torch.float64) / WORLD_SIZE
+    metrics = dict(zip(metrics, all_reduce(means).tolist()))
+    metrics["logp_gap"] = all_reduce(gaps).max().item()
+    return metrics
 
-    Sets config.out to the run folder. Raises UserError."""
-    config.check()
-    device = pick_device(config.device)
-    init_distributed(device)
-    n = config.prompts // WORLD_SIZE                        # problems of this process
-    if n * WORLD_SIZE != config.prompts:
-        raise UserError(f"--prompts {config.prompts} cannot be shared by {WORLD_SIZE} processes")
-    if config.wandb and RANK == 0:
-        import wandb                                        # if it is missing, fail now
-    torch.use_deterministic_algorithms(device == "cpu")     # else threads add in any order
-    task = TASKS[config.data]() if config.data in TASKS else ProblemFile(config.data)
+def open_run(config, task, device):
+    """Makes the folder of a run, or goes on with one. Sets config.out. Raises UserError.
+    -> model, tokenizer, encoder, optimizer, steps done, files that are locked while open."""
     config.out = choose_out(config)
     out = Path(config.out)
     all_reduce(torch.zeros(()))                             # all have seen that --out is free
@@ -424,11 +422,12 @@ def train(config):
     torch.manual_seed(config.seed)
     encoder = attach_by_config(model, asdict(config))
     optimizer = torch.optim.AdamW(encoder.trainable_parameters(), betas=(0.8, 0.99), weight_decay=0)
+    locked = []
+    hashes = {"base_hash": weights_hash(base), "data_hash": data_hash}
+    settings = asdict(config) | {"resume": "", **hashes}
     if RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
-        locked = [open_locked(out / name) for name in LOGS]         # until this function ends
-        hashes = {"base_hash": weights_hash(base), "data_hash": data_hash}
-        settings = asdict(config) | {"resume": "", **hashes}
+        locked = [open_locked(out / name) for name in LOGS]
         if not (out / "checkpoint.pt").exists():
             write_json(out / "config.json", settings)
             save_checkpoint(out, 0, encoder, optimizer, config)
@@ -436,7 +435,25 @@ def train(config):
     done = load_checkpoint(out, encoder, optimizer)
     if RANK == 0:
         write_json(out / "config.json", settings)           # with what is given anew
-    if RANK == 0 and config.wandb:
+    return model, tokenizer, encoder, optimizer, done, locked
+
+def train(config):
+    """A generator: does one step at a time and yields its metrics, a dict, once they are saved.
+
+    Sets config.out to the run folder. Raises UserError."""
+    config.check()
+    device = pick_device(config.device)
+    init_distributed(device)
+    n = config.prompts // WORLD_SIZE                        # problems of this process
+    if n * WORLD_SIZE != config.prompts:
+        raise UserError(f"--prompts {config.prompts} cannot be shared by {WORLD_SIZE} processes")
+    if config.wandb:
+        import wandb
+    torch.use_deterministic_algorithms(device == "cpu")     # else threads add in any order
+    task = TASKS[config.data]() if config.data in TASKS else ProblemFile(config.data)
+    model, tokenizer, encoder, optimizer, done, locked = open_run(config, task, device)
+    out = Path(config.out)
+    if config.wandb and RANK == 0:
         wandb.init(project="nanopte", name=out.name, config=asdict(config))
 
     for step in range(done, config.steps):
@@ -461,16 +478,12 @@ def train(config):
         rewards = torch.tensor([row["reward"] for row in rows], device=device)      # (B,)
         metrics = grpo_step(model, encoder, optimizer, rollout, rewards, config, all_reduce)
         # Measure, warn, save.
-        gaps = torch.zeros(WORLD_SIZE)
-        gaps[RANK] = metrics["logp_gap"]
         metrics |= step_metrics(rows)
         metrics["seconds"] = time.time() - start
-        means = torch.tensor(list(metrics.values()), dtype=torch.float64) / WORLD_SIZE
-        metrics = dict(zip(metrics, all_reduce(means).tolist()))        # over all processes
-        metrics["logp_gap"] = all_reduce(gaps).max().item()
-        K = problems[0]["K"] if config.data in TASKS else None
+        metrics = mean_over_processes(metrics)
         n_tokens = metrics["response_tokens"] * config.prompts * config.group_size
         metrics["tokens_per_second"] = n_tokens / metrics["seconds"]
+        K = problems[0]["K"] if config.data in TASKS else None
         metrics = {"step": step + 1, "K": K, "lr": lr, **metrics}
         warn_if_unhealthy(metrics, model.norm.weight.dtype)
         if RANK == 0:
