@@ -8,11 +8,10 @@ paper; in the code q = h_g @ W_Q, k = K_e @ W_K, v = V_e @ W_V),
     S' = 2 / (R sqrt(E)) (W_Q h_g) (W_K K_e)^T (W_V V_e)     --memory-order paper
     S' = 2 / (R sqrt(E)) (W_Q h_g) (W_V V_e)^T (W_K K_e)     --memory-order keys-match (ours)
 
-is what one eviction adds. Keys and values are divided by their RMS first, token by token, so that
-in every model S' starts at about twice the size of the memory (ours: without it, and with the
-factor 1 / sqrt(R E), it was 15 times the memory on SmolLM2, and each eviction erased what was
-there). With h_g in the place of K_e and V_e, and normalized, it is S_0, which
-the memory starts as. Then, at each eviction,
+is what one eviction adds. Keys and values are divided by their RMS first, token by token, so in
+every model S' is about twice the size of the memory. (Ours: with 1 / sqrt(R E) and no RMS it was 15
+times the size on SmolLM2, and each eviction erased what was there.) With h_g in the place of K_e
+and V_e, and normalized, it is S_0, which the memory starts as. Then, at each eviction,
 
     memory <- Normalize(memory + S')                         --memory-update paper
     memory <- memory + S'                                    --memory-update sum (ours)
