@@ -120,7 +120,7 @@ class Config:
         for f in fields(self):
             value = getattr(self, f.name)
             flag_name = f"--{f.name.replace('_', '-')}"
-            if f.name in least and not least[f.name] <= value < 10**9:
+            if f.name in least and not least[f.name] <= value <= 10**9:
                 raise UserError(f"{flag_name} {value}: give a number from {least[f.name]} to 10^9")
             if f.metadata["choices"] and value not in f.metadata["choices"]:
                 raise UserError(f"{flag_name} {value}: choose from {f.metadata['choices']}")

@@ -121,7 +121,6 @@ def off_policy(r):
     ("pte", "sum", dict(truncate_memory=1)),
     ("no-global", "paper", dict()),
     ("global-only", "paper", dict()),
-    ("global-only", "paper", dict(truncate_memory=1)),
     ("lora", "paper", dict(loss="dr_grpo"))])
 def test_the_gradient_is_that_of_one_graph(adapter, memory_update, settings, roll, float64):
     """Of every parameter: h_g, W_Q, W_K, W_V, all A and B. Only cached keys and values are cut."""
@@ -133,6 +132,13 @@ def test_the_gradient_is_that_of_one_graph(adapter, memory_update, settings, rol
     numbers["grad_norm"] = sum(x.square().sum() for x in wanted).sqrt().item()
     assert {name: metrics[name] for name in numbers} == pytest.approx(numbers, rel=1e-9)
     assert 0 < metrics["ratio_clipped"] < 1
+
+def test_truncation_takes_nothing_from_a_state_without_history(roll, float64):
+    """global-only: S = S_0 in all segments, and each of them has its gradient."""
+    model, encoder, r = roll("global-only")
+    wanted, _ = step(model, encoder, r)
+    got, _ = step(model, encoder, r, truncate_memory=1)
+    assert_equal_gradients(got, wanted)
 
 def test_with_one_update_the_ratio_is_1_whatever_the_rollout_has_rounded(roll, float64):
     """As in bfloat16: old log-probs that are off change logp_gap, but neither loss nor gradient."""
