@@ -535,7 +535,7 @@ def print_table(config):
     K = max(task.train_counts)
     found = [row["scores"][f"{config.data}-{K}"]["accuracy"][0] for row in rows
              if row["window"] == config.window]
-    print(f"K = {K} with a window of {config.window}: {found[0]:.0%} before, {found[-1]:.0%} after")
+    print(f"K = {K} with a window of {config.window}: {found[0]:.1%} before, {found[-1]:.1%} after")
 
 def main():
     config = parse_args()

@@ -81,7 +81,7 @@ def lora(printed):
 def test_what_a_run_prints_and_writes(printed):
     out, err = printed
     assert "step    3  accuracy K=2   0% |  " in err and "everything is in run" in err
-    assert out.splitlines()[-1].endswith("a window of 8: 0% before, 0% after")
+    assert out.splitlines()[-1].endswith("a window of 8: 0.0% before, 0.0% after")
     assert {path.name for path in Path("run").iterdir()} == {
         "config.json", "metrics.jsonl", "samples.jsonl", "checkpoint.pt", "base", "table.json",
         "adapter.safetensors", "adapter_config.json", "table.jsonl", "table.md", "tally-1.jsonl",
