@@ -35,10 +35,7 @@ Left out: softmax or gates in S', a state shared by layers.
 
 Try it:  python train.py     and, to see what the state is worth:  python train.py --adapter lora
 """
-import hashlib
-import json
 import shutil
-import time
 from pathlib import Path
 
 import torch
@@ -46,7 +43,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import (UserError, hf_name, load_model, model_folder, read_folder, read_json,
-                   read_safetensors, write_json, write_safetensors)
+                   read_safetensors, set_chat_format, weights_hash, write_json, write_safetensors)
 
 ADAPTERS = ("pte", "lora", "no-global", "global-only")
 MEMORY_ORDERS = ("keys-match", "paper")
@@ -68,7 +65,7 @@ class AdaptedLinear(nn.Module):
             return self.base(x)
         z = x @ self.B.to(x.dtype).T                                # (B, T, R)
         z = z @ S.to(x.dtype).mT                                    # (B, T, M)
-        return self.base(x) + self.scale * (z @ self.A.to(x.dtype).T)
+        return self.base(x) + self.scale * (z @ self.A.to(x.dtype).T)   # (B, T, out)
 
 class ThoughtEncoder(nn.Module):
     """The learned parameters, and functions of the memory. The layer is a batch dimension L.
@@ -184,15 +181,6 @@ def read_config(run):
                         "folder that train.py wrote, or train again")
     return config
 
-def weights_hash(folder):
-    """A short hash of the weights of a model or run: of the last megabyte of each file."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - 2**20))
-            digest.update(file.read())
-    return digest.hexdigest()[:8]
-
 def base_folder(run, config, model=""):
     """The folder of the model that a run was trained on. model: its new place. Raises UserError if
     it is gone, or another model."""
@@ -212,19 +200,10 @@ def attach_by_config(model, config):
     names = ("adapter", "rank", "global_tokens", "alpha", "memory_order", "memory_update")
     return attach(model, **{name: config[name] for name in names})
 
-def set_chat_format(tokenizer, config):
-    """Gives the tokenizer a run's system message, date, and arguments of its chat template."""
-    tokenizer.system = config.get("system", "")
-    try:
-        tokenizer.template_args = dict(json.loads(config.get("template_args") or "{}"))
-        date = config.get("date")
-        tokenizer.date = time.strptime(date, "%Y-%m-%d") if date else None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--template-args is a JSON object, --date YYYY-MM-DD: {error}") from None
-
 def save_adapter(run, encoder, config):
     """Writes adapter.safetensors and adapter_config.json into a run's folder; a LoRA also as
-    adapter_model.safetensors, the name that PEFT looks for. Raises OSError."""
+    adapter_model.safetensors, the name that PEFT looks for. Raises UserError."""
+    base = Path(run) / "base" if config["model"] == "tiny" else config["model"]
     tensors = encoder.tensors()
     kind = "PTE"
     write_safetensors(Path(run) / "adapter.safetensors", tensors)
@@ -234,7 +213,7 @@ def save_adapter(run, encoder, config):
     targets = {name.split(".")[-3] for name in tensors if "lora_A" in name}    # q_proj, k_proj, ...
     write_json(Path(run) / "adapter_config.json", {
         "peft_type": kind, "task_type": "CAUSAL_LM", "target_modules": sorted(targets),
-        "base_model_name_or_path": str(base_folder(run, config)), "r": config["rank"],
+        "base_model_name_or_path": str(base), "r": config["rank"],
         "lora_alpha": config["alpha"], "lora_dropout": 0.0, "bias": "none", "inference_mode": True})
 
 def load_adapter(run, encoder):

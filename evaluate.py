@@ -33,8 +33,9 @@ import numpy as np
 from tqdm import tqdm
 
 from cache import eviction_size
-from encoder import base_folder, load_run, read_config, set_chat_format, weights_hash
-from model import ArgumentParser, UserError, load_model, model_folder, run_script, write_json
+from encoder import base_folder, load_run, read_config
+from model import (ArgumentParser, UserError, load_model, model_folder, run_script,
+                   set_chat_format, weights_hash, write_json)
 from rollout import check_prompts, generate
 
 # ------------------------------------------------------------------------------------ problem sets
@@ -87,13 +88,16 @@ def read_problem(row, tolerance):
         raise ValueError(f"tolerance {tolerance!r} is not a number from 0 to 1")
     return row | {"problem": problem, "answer": answer, "tolerance": tolerance}
 
+def check_template(template):
+    """Raises UserError for a prompt template without a place for the problem."""
+    if template and "{problem}" not in template:
+        raise UserError("--prompt-template: {problem} is missing, for where the problem comes")
+
 def problem_ids(tokenizer, problem, template=""):
     """The prompt of a problem, a list of ids. template: text with {problem} in it; "": asks for a
     boxed answer, but gives the bare problem to a base model, which has no chat format."""
     if not template:
         template = INSTRUCTION if tokenizer.template else "{problem}"
-    if "{problem}" not in template:
-        raise UserError("--prompt-template: {problem} is missing, for where the problem comes")
     return tokenizer.prompt(template.replace("{problem}", problem["problem"]))
 
 def problems_hash(problems):
@@ -152,7 +156,7 @@ REWRITES = (                                                    # pattern, usual
     (r"\{,\}", ","),                                            # 1{,}000
     (r"\^\{?\\circ\}?| ?degrees?\b", "°"),
     (r" ?\\?percent\b", "%"),
-    (r"\bfeet\b", "ft"),
+    (r"feet\b", "ft"),
     (r"^\s*\\?\$([\d.,]+)\s*$", r"\1 dollar"),
     (r"\\?\$|\\(?:text[a-z]*|mbox|mathrm|mathbf|operatorname) ?\{([^{}]*)\}", r" \1 "),
     (r"(?:, *)?\b(?:and|or)\b", ","),
@@ -166,8 +170,8 @@ REWRITES = (                                                    # pattern, usual
     (r"^=|^0+(?=\d)|(?<![.,])[.,]$", ""),                       # 042 is 42
     (r"^\(([^(),]*)\)$|^\\(?:\{|lbrace ?)((?:(?!\\\}).)*?)\\(?:\}|rbrace)$", r"\1\2"))  # (C) is C
 NAME = re.compile(r"^[|\\]?[A-Za-z]\w*(?:_\{[^}]*\}|\(\w+\)|\|)?(?:=|\\in\b)(?!.*[=<>]|.*\\[gln]e)")
-UNIT = re.compile(r"(?<=[\d)}])\\?(%|°|dollar|cent|inch|feet|mile|meter|[cmk]m|[mk]g|m[lL]|ft"
-                  r"|hour|minute|second|day|week|month|year|unit|percent|m/s|mph)(?:e?s)?(\^\d)?$")
+UNIT = re.compile(r"(?<=[\d)}])\\?(%|°|dollar|cent|inch|mile|meter|[cmk]m|[mk]g|m[lL]|ft"
+                  r"|hour|minute|second|day|week|month|year|unit|m/s|mph)(?:e?s)?(\^\d)?$")
 NUMBER = re.compile(r"(?<![^,(\[])[-+]?(?!0\d)(?:\d+/[1-9]\d*|\d*\.?\d+(?:e[-+]?\d{1,3})?)"
                     r"(?![^,)\]])")                             # between commas and brackets
 
@@ -311,7 +315,7 @@ def append(path, records):
                 strict = {name: None if x != x else x for name, x in record.items()}    # no nan
                 file.write(json.dumps(strict) + "\n")
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; go on after making room") from None
+        raise UserError(f"{path}: {error.strerror}; make room, or give another place") from None
 
 def open_locked(path):
     """Opens a file that this process alone may add to while it is open. Raises UserError."""
@@ -383,6 +387,11 @@ def problem_prompts(model, tokenizer, problems, template, max_new_tokens):
     check_prompts(model, prompts, max_new_tokens, [problem["source"] for problem in problems])
     return prompts
 
+# Settings in which the seeds of an arm may differ: where a run lies, and what changes no number.
+# Other problems, and other models but the tiny ones, show in data_hash and base_hash.
+NOT_OF_AN_ARM = ("seed", "out", "date", "device", "model", "data", "micro_batch", "rollout_batch",
+                 "save_every", "test_problems", "wandb")
+
 def find_arms(model, runs):
     """{run, or model before training: (name of the arm, config of the run or None)}. Runs of the
     same name are seeds of one arm."""
@@ -399,7 +408,10 @@ def find_arms(model, runs):
         if config["memory_update"] != "paper":
             name += f", {config['memory_update']}"
         for setting, value in first.setdefault(name, config).items():
-            if setting not in ("seed", "out", "date", "device") and config[setting] != value:
+            may_differ = setting in NOT_OF_AN_ARM
+            if setting == "base_hash":
+                may_differ = config["model"] == "tiny"          # each seed has a base of its own
+            if not may_differ and config.get(setting) != value:
                 raise UserError(f"--runs: two runs of the arm {name} differ in {setting} and not "
                                 "in the seed alone; compare them in two calls")
         arms[run] = name, config
@@ -498,6 +510,7 @@ def settle(args, configs):
             raise UserError(f"the runs differ in {name}; give --{name.replace('_', '-')}")
         if getattr(args, name) is None:
             setattr(args, name, values[0])
+    check_template(args.prompt_template)
     for window in args.windows:
         eviction_size(window, args.evict_ratio)
     if LIBRARY is None:

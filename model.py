@@ -14,6 +14,7 @@ Try it:  python rollout.py --model DIR --prompt "What is the capital of France?"
 """
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -304,6 +305,15 @@ def read_folder(folder):
         raise UserError(f"{folder}: there is no model.safetensors; check the path")
     return tensors
 
+def weights_hash(folder):
+    """A short hash of the weights of a model or run: of the last megabyte of each file."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()[:8]
+
 def model_folder(name):
     """The folder `name`, or where there is none, a copy of that model of the Hugging Face hub."""
     if Path(name).exists() or str(name).count("/") != 1:
@@ -398,7 +408,9 @@ class Tokenizer:
         """Ids of a text, without BOS. Special tokens in it stay text, unless `control`."""
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
-        if self.lacking and not control:        # behind a word they do not part what BPE joins
+        # Hugging Face drops bytes without a token before it joins the rest: "!\x04!" is one "!!".
+        # So they are moved behind the punctuation that they would part here.
+        if self.lacking and not control:
             text = re.sub(rf"([{self.lacking}]+)((?:[^\w\s]|_)+)", r"\2\1", text)
         names = {*self.added, GUARD} if control else self.added.keys() - self.special
         ranks = self.bpe.encode(text, allowed_special=names, disallowed_special=())
@@ -443,6 +455,16 @@ class Tokenizer:
         except Exception as error:                          # a template is a program of a stranger
             raise UserError(f"the model's chat template fails: {error}") from None
         return self.encode(text, control=True)
+
+def set_chat_format(tokenizer, config):
+    """Gives the tokenizer a run's system message, date, and arguments of its chat template."""
+    tokenizer.system = config.get("system", "")
+    try:
+        tokenizer.template_args = dict(json.loads(config.get("template_args") or "{}"))
+        date = config.get("date")
+        tokenizer.date = time.strptime(date, "%Y-%m-%d") if date else None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--template-args is a JSON object, --date YYYY-MM-DD: {error}") from None
 
 # -------------------------------------------------------------------------------- for every script
 

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cache import SlidingCache, eviction_size
-from encoder import load_run, set_chat_format
-from model import ArgumentParser, UserError, load_model, run_script
+from encoder import load_run
+from model import ArgumentParser, UserError, load_model, run_script, set_chat_format
 
 @dataclass
 class Rollout:
@@ -41,7 +41,7 @@ class Rollout:
     window: int                     # W, 0 for the full cache
     evict_size: int                 # E
     temperature: float
-    cache_mb: float                 # size of the KV cache of all rows
+    cache_mb: float                 # size of the KV cache of the rows that decoded together
 
     def texts(self, tokenizer):
         """The B responses as text, the end token left out."""
@@ -177,7 +177,7 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
         if (t + 1) % check_every == 0:
             new = tokens[rows, t + 1 - check_every:t + 1]                   # (b, check_every)
             ended = torch.isin(new, end_ids).any(dim=1)                     # (b,)
-            left = (~ended).nonzero()[:, 0]
+            left = (~ended).nonzero()[:, 0]                                 # (n_left,)
             n_left = len(left)
         is_last = n_left == 0 or t + 1 == max_new_tokens
         evicting = cache.is_full and not is_last
@@ -186,10 +186,10 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
         if is_last:
             break
         if n_left < len(rows):                              # finished rows leave the batch
-            rows = rows[left]
-            drawn = drawn[left]
+            rows = rows[left]                                               # (b,), now n_left
+            drawn = drawn[left]                                             # (b,)
             cache.select_rows(left)
-            memory = memory[:, left] if encoder else None
+            memory = memory[:, left] if encoder else None                   # (L, b, M, R)
         if evicting:
             K_e, V_e = cache.evict()
             memory = encoder.update(memory, K_e, V_e) if encoder else None
@@ -225,7 +225,7 @@ def join(tensors):
     if tensors[0].dim() == 2:
         width = max(x.shape[1] for x in tensors)
         tensors = [F.pad(x, (0, width - x.shape[1])) for x in tensors]
-    return torch.cat(tensors)
+    return torch.cat(tensors)                                           # (sum of b_i, ...)
 
 # ------------------------------------------------------------------- the command line: a chat
 

@@ -32,13 +32,14 @@ from tqdm import tqdm
 
 from cache import eviction_size
 from encoder import (ADAPTERS, MEMORY_ORDERS, MEMORY_UPDATES, attach_by_config, base_folder,
-                     load_run, merge_adapter, read_config, save_adapter, set_chat_format,
-                     weights_hash)
-from evaluate import (ProblemFile, append, compare, evaluation_args, extract_answer, grade_rollout,
-                      open_locked, problem_ids, problem_prompts, problems_hash)
+                     load_run, merge_adapter, read_config, save_adapter)
+from evaluate import (ProblemFile, append, check_template, compare, evaluation_args,
+                      extract_answer, grade_rollout, open_locked, problem_ids, problem_prompts,
+                      problems_hash)
 from grpo import grpo_step
 from model import (ArgumentParser, ModelConfig, Tokenizer, Transformer, UserError, atomic_write,
-                   load_model, pick_device, read_json, run_script, write_json, write_safetensors)
+                   load_model, pick_device, read_json, run_script, set_chat_format, weights_hash,
+                   write_json, write_safetensors)
 from rollout import generate_in_parts
 
 # ---------------------------------------------------------------------------------------- settings
@@ -120,21 +121,15 @@ class Config:
         for f in fields(self):
             value = getattr(self, f.name)
             flag_name = f"--{f.name.replace('_', '-')}"
-            if f.name in least and not least[f.name] <= value <= 10**9:
-                raise UserError(f"{flag_name} {value}: give a number from {least[f.name]} to 10^9")
+            most = 9999 if f.name in ("rank", "global_tokens") else 10**9
+            if f.name in least and not least[f.name] <= value <= most:
+                raise UserError(f"{flag_name} {value}: give {least[f.name]} to {most}")
             if f.metadata["choices"] and value not in f.metadata["choices"]:
                 raise UserError(f"{flag_name} {value}: choose from {f.metadata['choices']}")
-        if self.prompt_template and "{problem}" not in self.prompt_template:
-            raise UserError("--prompt-template: {problem} is missing, where the problem comes")
+        check_template(self.prompt_template)
         if (self.model == "tiny") != (self.data in TASKS):
             raise UserError(f"--model {self.model} --data {self.data}: the tiny model does the "
                             f"task {' or '.join(TASKS)}, other models need a JSONL file")
-        saved = read_config(self.resume) if self.resume else {}
-        for name, value in asdict(self).items():
-            if saved and name not in CHANGEABLE and saved.get(name) != value:
-                raise UserError(f"--{name.replace('_', '-')}: {self.resume} was trained with "
-                                f"{saved.get(name)}, which cannot change; leave the flag out (in "
-                                "Python: use resume_config)")
 
 # What may change when a run goes on: how long it lasts, where it runs, where things are.
 CHANGEABLE = ("resume", "out", "steps", "model", "data", "device", "micro_batch", "rollout_batch",
@@ -360,6 +355,7 @@ def load_checkpoint(out, encoder, optimizer):
 # ---------------------------------------------------------------------------------------- the loop
 
 def warn_if_unhealthy(metrics, dtype):
+    """Says on stderr what is wrong with a step, if anything, and what to do."""
     found = (f"an answer was found in {metrics['answer_found']:.0%} of the responses, "
              f"{metrics['truncated']:.0%} were cut off at --max-new-tokens; see samples.jsonl")
     largest_gap = 1e-3 if dtype == torch.float32 else 0.5
@@ -397,6 +393,12 @@ def mean_over_processes(metrics):
 def open_run(config, task, device):
     """Makes the folder of a run, or goes on with one. Sets config.out. Raises UserError.
     -> model, tokenizer, encoder, optimizer, steps done, files that are locked while open."""
+    saved = read_config(config.resume) if config.resume else {}
+    for name, value in asdict(config).items():
+        if saved and name not in CHANGEABLE and saved.get(name) != value:
+            raise UserError(f"--{name.replace('_', '-')}: {config.resume} was trained with "
+                            f"{saved.get(name)}, which cannot change; leave the flag out (in "
+                            "Python: use resume_config)")
     config.out = choose_out(config)
     out = Path(config.out)
     all_reduce(torch.zeros(()))                             # all have seen that --out is free
@@ -405,7 +407,6 @@ def open_run(config, task, device):
         make_base(base, task, config, device)
         shutil.copytree(base, out / "base")                 # so that a run can be moved
     all_reduce(torch.zeros(()))                             # the base is there
-    saved = read_config(config.resume) if config.resume else {}
     base = base_folder(out, asdict(config) | {"base_hash": saved.get("base_hash", "")})
     data_hash = problems_hash(getattr(task, "problems", []))
     if saved.get("data_hash", data_hash) != data_hash:
@@ -541,7 +542,8 @@ def main():
     config = parse_args()
     if config.merge:
         merge_adapter(config.merge, config.out, "" if config.model == "tiny" else config.model)
-        return log(f"{config.out} is a model folder now: python rollout.py --model {config.out}")
+        log(f"{config.out} is a model folder now: python rollout.py --model {config.out}")
+        return
     start = time.time()
     recent = []
     try:

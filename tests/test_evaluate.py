@@ -220,6 +220,9 @@ def test_arms_have_names(trained, tmp_path):
     narrow = variant(trained, tmp_path / "narrow", window=4)
     with pytest.raises(UserError, match="differ in window"):    # no seeds of one arm
         find_arms("", [pte, narrow])
+    seeds = [variant(trained, tmp_path / str(i), seed=i, base_hash=str(i)) for i in range(2)]
+    names = [name for name, _ in find_arms("", seeds).values()]
+    assert names == ["no training", "no training", "PTE", "PTE"]    # each tiny seed has its base
 
 @pytest.fixture
 def table(trained, data, tmp_path, coin):

@@ -240,7 +240,8 @@ def test_logs_that_have_lost_lines_are_refused():
 def test_a_notebook_may_give_whole_numbers_and_no_strange_ones():
     assert Config(alpha=16).alpha == 16.0 and type(Config(alpha=16).alpha) is float
     for name, value in (("lr", float("nan")), ("alpha", -1), ("temperature", float("inf")),
-                        ("seed", 10**14), ("loss", "drgrpo"), ("prompt_template", "x")):
+                        ("seed", 10**14), ("rank", 10_000), ("loss", "drgrpo"),
+                        ("prompt_template", "x")):
         with pytest.raises(UserError, match=f"--{name.replace('_', '-')}"):
             Config(**{name: value}).check()
 
