@@ -85,9 +85,13 @@ class SlidingCache:
         self.reserved = tokens.to(self.prompt_lengths.device)
 
     def positions(self):
-        """Positions (B, T) of the reserved tokens. A response goes on where its own prompt ends."""
+        """Positions (B, T) of the reserved tokens."""
+        return self.positions_of(self.reserved)
+
+    def positions_of(self, tokens):
+        """Positions (B, T) of tokens (T,). A response goes on where its own prompt ends."""
         n_pads = self.P - self.prompt_lengths[:, None]                              # (B, 1)
-        return self.reserved - n_pads * (self.reserved >= self.P)                   # (B, T)
+        return tokens - n_pads * (tokens >= self.P)                                 # (B, T)
 
     def mask(self):
         """(B, 1, T, slots), True where a reserved token may look: at all tokens in the cache up to
@@ -146,19 +150,19 @@ class SlidingCache:
         return self.P + oldest_first[:self.E]
 
     def evict(self):
-        """Frees E slots; returns their keys and values, (L, B, E, KV*D) each, detached.
-
-        Keys are still rotated by their position, so the encoder can tell when a token was written
-        (README, "where the paper is silent")."""
+        """Frees E slots; returns their keys and values, (L, B, E, KV*D) each, detached, and their
+        positions (B, E). The keys are still rotated by these positions."""
         assert self.is_full
+        device = self.prompt_lengths.device
         slots = self.slots_to_evict()
+        positions = self.positions_of(self.token_at[slots].to(device))            # (B, E)
         self.token_at[slots] = -1
-        slots = slots.to(self.prompt_lengths.device)
+        slots = slots.to(device)
         evicted = []
         for buffers in (self.keys, self.values):
             leaving = torch.stack([x.detach()[:, :, slots] for x in buffers])     # (L, B, KV, E, D)
             evicted.append(leaving.transpose(2, 3).flatten(3))                     # (L, B, E, KV*D)
-        return evicted
+        return *evicted, positions
 
     def detach(self):
         """Makes all that is cached a constant: no gradient flows back into earlier segments."""

@@ -1,37 +1,42 @@
 """encoder.py: the thought encoder, and the linear layers that its state changes.
 
 Before the oldest tokens leave the window, their keys and values K_e, V_e (E, KV*D) are encoded into
-a state S of M x R numbers per row and layer, however long the response is (paper, section 3). With
-learnable global tokens h_g (M, KV*D) and projections W_Q, W_K, W_V: KV*D -> R (written as in the
-paper; in the code q = h_g @ W_Q, k = K_e @ W_K, v = V_e @ W_V),
+a state S of R x R numbers per row and layer, however long the response is (paper, section 3). With
+learnable queries q_g (R, KV*D) and projections W_Q, W_K, W_V: KV*D -> R (written as in the paper;
+in the code q = q_g @ W_Q, k = K_e @ W_K, v = V_e @ W_V),
 
-    S' = 2 / (R sqrt(E)) (W_Q h_g) (W_K K_e)^T (W_V V_e)     --memory-order paper
-    S' = 2 / (R sqrt(E)) (W_Q h_g) (W_V V_e)^T (W_K K_e)     --memory-order keys-match (ours)
+    S' = 2 / (R sqrt(E)) (W_Q q_g) (W_K K_e)^T (W_V V_e)     --memory-order paper
+    S' = 2 / (R sqrt(E)) (W_Q q_g) (W_V V_e)^T (W_K K_e)     --memory-order keys-match (ours)
 
 is what one eviction adds. Keys and values are divided by their RMS first, token by token, so in
 every model S' is about twice the size of the memory. (Ours: with 1 / sqrt(R E) and no RMS it was 15
-times the size on SmolLM2, and each eviction erased what was there.) With h_g in the place of K_e
-and V_e, and normalized, it is S_0, which the memory starts as. Then, at each eviction,
+times the size on SmolLM2, and each eviction erased what was there.) M learnable global tokens h_g
+(M, KV*D) in the place of K_e and V_e give S_0, normalized, which the memory starts as. Then, at
+each eviction, --memory-update says how S' joins the memory (one function each, below):
 
-    memory <- Normalize(memory + S')                         --memory-update paper
-    memory <- memory + S'                                    --memory-update sum (ours)
+    paper    memory <- Normalize(memory + S')           what is old fades at every eviction
+    sum      memory <- memory + S'                      all evictions weigh alike
+    gated    memory <- decay * memory + S' of 2 gate_e V_e, gate_e = sigmoid(w [K_e, V_e])
+    delta    memory <- memory + gate_e (S' - what the memory answers already), token by token
 
-and the linear layers read S = Normalize(memory). The paper's rule shrinks the past at every
-eviction, so old evictions fade exponentially; the sum weighs all evictions alike. Every linear
+The last three are ours. The gate decides for each token whether it is worth remembering; the decay,
+one number per row of the memory, starts at 0.98. delta is the rule of DeltaNet (Schlag et al. 2021)
+and the default: the memory does not fill up, because what is written replaces what was answered to
+the same keys before.
+
+The linear layers read S = Normalize(memory): each of its R rows scaled to norm 1. Every linear
 layer y = W x of a block becomes
 
-    y = W x + alpha/R * A S B x          A (out, M), zero at the start; B (R, in)
+    y = W x + alpha/R * A S B x          A (out, R), zero at the start; B (R, in)
 
 In S B x, the input B x is compared with what stands on the right in S': in the paper's order with
-the evicted values, in ours with the keys, and the values make the answer, as in attention.
-
-A LoRA is the case S = I. Normalize scales each of the M rows of a state to norm 1, as the rows of
-an identity are, so the update has the size of a LoRA's. A and B have the paper's names; PEFT calls
-our B lora_A and our A lora_B.
+the evicted values, in ours with the keys, and the values make the answer, as in attention. The rows
+of an identity have norm 1 as well, so a LoRA is the case S = I. A and B have the paper's names;
+PEFT calls our B lora_A and our A lora_B.
 
 The second half of the file saves, loads and merges the adapter of a run.
 
-Left out: softmax or gates in S', a state shared by layers.
+Left out: softmax in S', a state shared by layers.
 
 Try it:  python train.py     and, to see what the state is worth:  python train.py --adapter lora
 """
@@ -42,102 +47,164 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import (UserError, hf_name, load_model, model_folder, read_folder, read_json,
-                   read_safetensors, set_chat_format, weights_hash, write_json, write_safetensors)
+from model import (UserError, apply_rope, hf_name, load_model, model_folder, read_folder, read_json,
+                   read_safetensors, rope_frequencies, set_chat_format, weights_hash, write_json,
+                   write_safetensors)
 
-ADAPTERS = ("pte", "lora", "no-global", "global-only")
+ADAPTERS = ("pte", "lora", "global-only")
 MEMORY_ORDERS = ("keys-match", "paper")
-MEMORY_UPDATES = ("paper", "sum")
+MEMORY_KEYS = ("rotated", "plain")
 
 class AdaptedLinear(nn.Module):
-    """y = W x + alpha/R * A S B x. The base W is frozen; A and B are float32 whatever its dtype."""
+    """y = W x + alpha/R * A S B x. The base W is frozen. A and B are float32 whatever its dtype: a
+    step of AdamW is often less than the spacing of bfloat16 numbers, and would be lost."""
 
-    def __init__(self, base, R, M, alpha):
+    def __init__(self, base, R, alpha):
         super().__init__()
         self.base = base
         self.scale = alpha / R
-        self.A = nn.Parameter(torch.zeros(base.out_features, M))
+        self.A = nn.Parameter(torch.zeros(base.out_features, R))
         self.B = nn.Parameter(torch.randn(R, base.in_features) / base.in_features ** 0.5)
 
     def forward(self, x, S=None):
-        """x (B, T, in), S (B or 1, M, R) or None for W x alone -> (B, T, out)"""
+        """x (B, T, in), S (B or 1, R, R) or None for W x alone -> (B, T, out)"""
         if S is None:
             return self.base(x)
         z = x @ self.B.to(x.dtype).T                                # (B, T, R)
-        z = z @ S.to(x.dtype).mT                                    # (B, T, M)
+        z = z @ S.to(x.dtype).mT                                    # (B, T, R)
         return self.base(x) + self.scale * (z @ self.A.to(x.dtype).T)   # (B, T, out)
+
+def normalize(memory):
+    """Scales each of the R rows of a memory (L, B, R, R) to norm 1. A row of zeros stays zero."""
+    return F.normalize(memory, dim=-1)
+
+# The rules of --memory-update. Each returns the new memory, and what it has written to it.
+#   memory (L, B or 1, R, R), q (L, 1, R, R), gate (L, B, E, 1)
+#   match, answer (L, B, E, R): what inputs are compared with, and what is then answered
+
+def paper_update(memory, q, match, answer, gate, decay):
+    write = q @ (answer.mT @ match)                                 # S', (L, B, R, R)
+    return normalize(memory + write), write
+
+def sum_update(memory, q, match, answer, gate, decay):
+    write = q @ (answer.mT @ match)                                 # S', (L, B, R, R)
+    return memory + write, write
+
+def gated_update(memory, q, match, answer, gate, decay):
+    """decay (L, 1, R, 1) is learned per row of the memory, the gate computed per evicted token."""
+    write = q @ ((2 * gate * answer).mT @ match)                    # (L, B, R, R)
+    return decay * memory + write, write
+
+def delta_update(memory, q, match, answer, gate, decay):
+    """Token by token: what the memory answers to this match is replaced by the new answer, as far
+    as the gate is open. match has norm 1 here, so what is written is the share `gate` of it."""
+    R = q.shape[-1]
+    before = memory
+    answer = R ** 0.5 * answer @ q.mT                               # (L, B, E, R)
+    match = F.normalize(match, dim=-1)                              # (L, B, E, R)
+    for e in range(match.shape[2]):
+        m = match[:, :, e, :, None]                                 # (L, B, R, 1)
+        wrong = answer[:, :, e, :, None] - memory @ m               # (L, B, R, 1)
+        memory = memory + gate[:, :, e, None] * wrong @ m.mT        # (L, B, R, R)
+    return memory, memory - before
+
+MEMORY_UPDATES = {"paper": paper_update, "sum": sum_update, "gated": gated_update,
+                  "delta": delta_update}
 
 class ThoughtEncoder(nn.Module):
     """The learned parameters, and functions of the memory. The layer is a batch dimension L.
 
-    adapter: "pte"; "lora", with S = I, fixed; or the paper's two ablations, "no-global" (S_0 = 0)
-    and "global-only" (S = S_0, fixed). Made by `attach`."""
+    adapter: "pte"; "lora", with S = I, fixed; or "global-only", with S = S_0, fixed. With M = 0
+    there are no global tokens, and S_0 = 0. Made by `attach`."""
 
-    def __init__(self, L, width, adapter, R, M, memory_order, memory_update):
-        """width: KV*D, the size of a token's keys in one layer."""
+    def __init__(self, config, adapter, R, M, memory_order, memory_update, memory_keys):
+        """config: the model's."""
         super().__init__()
         assert adapter in ADAPTERS
         assert memory_order in MEMORY_ORDERS and memory_update in MEMORY_UPDATES
+        assert memory_keys in MEMORY_KEYS
+        L = config.n_layers
+        width = config.n_kv_heads * config.head_dim     # KV*D, a token's keys in one layer
         self.adapter = adapter
         self.memory_order = memory_order
         self.memory_update = memory_update
+        self.memory_keys = memory_keys
         self.R = R
+        self.head_dim = config.head_dim
+        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
+        self.register_buffer("identity", torch.eye(R).expand(L, 1, R, R), persistent=False)
         self.linears = nn.ModuleDict()      # filled by `attach`; they hold the frozen base as well
         if adapter == "lora":
-            self.register_buffer("identity", torch.eye(R).expand(L, 1, R, R), persistent=False)
             return
         self.h_g = nn.Parameter(torch.randn(L, M, width))
+        self.q_g = nn.Parameter(torch.randn(L, R, width))
         self.W_Q = nn.Parameter(torch.randn(L, width, R) / width ** 0.5)
         self.W_K = nn.Parameter(torch.randn(L, width, R) / width ** 0.5)
         self.W_V = nn.Parameter(torch.randn(L, width, R) / width ** 0.5)
+        if memory_update in ("gated", "delta"):
+            self.W_gate = nn.Parameter(torch.zeros(L, 2 * width, 1))        # gate = 1/2
+            self.decay = nn.Parameter(torch.full((L, 1, R, 1), 4.0))        # sigmoid: 0.98
 
     def initial_memory(self):
-        """The memory before the first eviction, shared by all rows, (L, 1, M, R)."""
+        """The memory before the first eviction, S_0, shared by all rows, (L, 1, R, R)."""
         if self.adapter == "lora":
             return self.identity
+        if self.h_g.shape[1] == 0:
+            return torch.zeros_like(self.identity)
         global_tokens = self.h_g[:, None]                           # (L, 1, M, KV*D)
-        memory = self.normalize(self.encode(global_tokens, global_tokens))
-        return torch.zeros_like(memory) if self.adapter == "no-global" else memory
+        q, match, answer, _ = self.project(global_tokens, global_tokens)
+        return normalize(q @ (answer.mT @ match))                   # (L, 1, R, R)
 
-    def update(self, memory, K_e, V_e):
-        """One eviction. memory (L, B or 1, M, R), K_e and V_e (L, B, E, KV*D) -> memory"""
+    def update(self, memory, K_e, V_e, positions):
+        """One eviction. memory (L, B or 1, R, R); K_e, V_e (L, B, E, KV*D) as they were cached, at
+        positions (B, E) -> the new memory, and what was written to it, (L, B, R, R) each"""
         if self.adapter == "lora":
-            return memory
+            return memory, torch.zeros_like(memory)
         if self.adapter == "global-only":                           # S_0 again, with its gradient
-            return self.initial_memory().expand_as(memory)
-        memory = memory + self.encode(K_e, V_e)
-        return self.normalize(memory) if self.memory_update == "paper" else memory
+            return self.initial_memory().expand_as(memory), torch.zeros_like(memory)
+        decay = self.decay.sigmoid() if self.memory_update == "gated" else None
+        rule = MEMORY_UPDATES[self.memory_update]
+        return rule(memory, *self.project(K_e, V_e, positions), decay)
 
     def state(self, memory):
-        """The state S that the linears read, (L, B or 1, M, R). The paper's rule has normalized the
+        """The state S that the linears read, (L, B or 1, R, R). The paper's rule has normalized the
         memory already; then this changes nothing."""
-        return memory if self.adapter == "lora" else self.normalize(memory)
+        return memory if self.adapter == "lora" else normalize(memory)
 
-    def encode(self, K, V):
-        """S' of keys K and values V, (L, B, E, KV*D) each -> (L, B, M, R)"""
+    def project(self, K, V, positions=None):
+        """Keys K and values V, (L, B, E, KV*D) each -> q (L, 1, R, R) with the scale of S' in it;
+        match and answer (L, B, E, R); gate (L, B, E, 1) between 0 and 1, if the rule has one"""
         scale = 2 / (self.R * K.shape[2] ** 0.5)                    # 2 / (R sqrt(E))
+        if self.memory_keys == "plain" and positions is not None:
+            K = self.rotate_back(K, positions)
         K = F.rms_norm(K.to(self.h_g.dtype), K.shape[-1:])
         V = F.rms_norm(V.to(self.h_g.dtype), V.shape[-1:])
-        q = (self.h_g @ self.W_Q)[:, None]                          # (L, 1, M, R)
+        q = scale * (self.q_g @ self.W_Q)[:, None]                  # (L, 1, R, R)
         k = K @ self.W_K[:, None]                                   # (L, B, E, R)
         v = V @ self.W_V[:, None]                                   # (L, B, E, R)
+        gate = None
+        if self.memory_update in ("gated", "delta"):
+            both = torch.cat([K, V], dim=-1)                        # (L, B, E, 2*KV*D)
+            gate = (both @ self.W_gate[:, None]).sigmoid()          # (L, B, E, 1)
         if self.memory_order == "keys-match":
-            return scale * q @ (v.mT @ k)                           # (L, B, M, R)
-        return scale * q @ (k.mT @ v)                               # (L, B, M, R)
+            return q, k, v, gate
+        return q, v, k, gate
 
-    def normalize(self, S):
-        """Scales each of the M rows of S (L, B, M, R) to norm 1. A row of zeros stays zero."""
-        return F.normalize(S, dim=-1)
+    def rotate_back(self, K, positions):
+        """Undoes the rotation of keys K (L, B, E, KV*D) by their positions (B, E)."""
+        angles = positions[:, :, None, None] * self.frequencies     # (B, E, 1, D/2)
+        heads = K.unflatten(-1, (-1, self.head_dim))                # (L, B, E, KV, D)
+        return apply_rope(heads, angles.cos(), -angles.sin()).flatten(-2)   # (L, B, E, KV*D)
 
     def trainable_parameters(self):
-        """h_g, W_Q, W_K, W_V and every A and B, as a list."""
+        """Everything that is learned, as a list."""
         return [p for p in self.parameters() if p.requires_grad]
 
     def tensors(self):
         """{name in a file: tensor}, views: copying into one loads it. A and B have the names that
         PEFT gives them, so that PEFT reads the file of a LoRA as it is."""
         found = {}
-        for name, parameter in self.named_parameters(recurse=False):            # h_g, W_Q, W_K, W_V
+        for name, parameter in self.named_parameters(recurse=False):            # h_g, q_g, W_Q ...
             found[name] = parameter.detach()
         for name, linear in self.linears.items():
             peft_name = "base_model.model." + hf_name(name.replace("/", "."))
@@ -145,22 +212,18 @@ class ThoughtEncoder(nn.Module):
             found[f"{peft_name}.lora_B.weight"] = linear.A.detach()
         return found
 
-def attach(model, adapter="pte", rank=32, global_tokens=32, alpha=32.0,
-           memory_order="keys-match", memory_update="paper"):
+def attach(model, adapter="pte", rank=32, global_tokens=32, alpha=32.0, memory_order="keys-match",
+           memory_update="paper", memory_keys="rotated"):
     """Freezes the model and puts an AdaptedLinear in the place of every linear of its blocks.
 
     Returns the ThoughtEncoder that holds everything to be trained, on the model's device."""
-    config = model.config
-    if adapter == "lora":
-        global_tokens = rank                                        # the state is an identity
-    width = config.n_kv_heads * config.head_dim
-    encoder = ThoughtEncoder(config.n_layers, width, adapter, rank, global_tokens, memory_order,
-                             memory_update)
+    encoder = ThoughtEncoder(model.config, adapter, rank, global_tokens, memory_order,
+                             memory_update, memory_keys)
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         assert not isinstance(module, AdaptedLinear), "this model has an adapter already"
         if name.startswith("blocks.") and isinstance(module, nn.Linear):
-            adapted = AdaptedLinear(module, rank, global_tokens, alpha)
+            adapted = AdaptedLinear(module, rank, alpha)
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, adapted)
             encoder.linears[name.replace(".", "/")] = adapted       # a ModuleDict takes no dots
@@ -173,10 +236,11 @@ def read_config(run):
     config = read_json(Path(run) / "config.json")
     expected = {"model": str, "rank": int, "alpha": float, "global_tokens": int, "window": int,
                 "evict_ratio": float, "max_new_tokens": int}
-    choices = {"adapter": ADAPTERS, "memory_order": MEMORY_ORDERS, "memory_update": MEMORY_UPDATES}
+    choices = {"adapter": ADAPTERS, "memory_order": MEMORY_ORDERS, "memory_keys": MEMORY_KEYS,
+               "memory_update": MEMORY_UPDATES}
     fits = {name: type(config.get(name)) for name in expected} == expected
     fits = fits and all(config.get(name) in values for name, values in choices.items())
-    if not fits or not 0 < config["rank"] < 10_000 or not 0 < config["global_tokens"] < 10_000:
+    if not fits or not 0 < config["rank"] < 10_000 or not 0 <= config["global_tokens"] < 10_000:
         raise UserError(f"{run}/config.json is damaged, or not of a run of train.py; give the "
                         "folder that train.py wrote, or train again")
     return config
@@ -197,7 +261,8 @@ def base_folder(run, config, model=""):
 
 def attach_by_config(model, config):
     """`attach` with the settings of a run's config (a dict)."""
-    names = ("adapter", "rank", "global_tokens", "alpha", "memory_order", "memory_update")
+    names = ("adapter", "rank", "global_tokens", "alpha", "memory_order", "memory_update",
+             "memory_keys")
     return attach(model, **{name: config[name] for name in names})
 
 def save_adapter(run, encoder, config):

@@ -119,6 +119,14 @@ class ProblemFile:
             batch.append(self.problems[order[i]])
         return batch
 
+    def gold(self, problem):
+        """The worked example of a problem, for supervised steps. Raises UserError."""
+        text = problem.get("solution") or problem.get("thought")
+        if not isinstance(text, str):
+            raise UserError(f"{problem['source']}: --sft-steps needs a text 'solution' (or "
+                            "'thought') that ends in the answer")
+        return text
+
     def reward(self, problem, text, n_tokens, ended):
         return float(grade(problem, text)[1])
 
@@ -251,6 +259,13 @@ def grade(problem, text, grader="auto"):
     tolerance = problem.get("tolerance", 0)
     return prediction, same_answer(problem["answer"], prediction, tolerance, grader)
 
+def right_parts(problem, prediction):
+    """Which characters of the answer are right, a list of booleans: of tally, which sums."""
+    gold = problem["answer"]
+    if prediction is None or len(prediction) != len(gold):
+        return [False] * len(gold)
+    return [a == b for a, b in zip(prediction, gold)]
+
 def grade_rollout(problems, rollout, tokenizer, grader="auto"):
     """What a response is worth: a dict for each row of the rollout of these problems' prompts."""
     lengths = rollout.lengths.tolist()
@@ -264,7 +279,22 @@ def grade_rollout(problems, rollout, tokenizer, grader="auto"):
         rows.append({"answer": problem["answer"], "response": text, "prediction": prediction,
                      "correct": correct, "tokens": lengths[row], "truncated": not ended[row],
                      "evictions": evictions[row]})
+        if problem.get("parts"):
+            rows[-1]["parts"] = right_parts(problem, prediction)
+        if isinstance(problem.get("parts"), list):          # the tokens that the parts come from
+            start = lengths[row] - 1 - len(problem["parts"])    # the answer stands before the end
+            rows[-1]["survived"] = [
+                evictions_survived(token, start + i, rollout.window, rollout.evict_size)
+                for i, token in enumerate(problem["parts"])]
     return rows
+
+def evictions_survived(token, now, window, evict_size):
+    """How many evictions response token number `token` has been through, its own included, when
+    number `now` is drawn; 0: it is still in the cache."""
+    if window == 0 or now <= window:
+        return 0
+    n_evictions = math.ceil((now - window) / evict_size)
+    return max(0, n_evictions - token // evict_size)
 
 # ------------------------------------------------------------------------------------------ scores
 
@@ -288,8 +318,12 @@ def problem_scores(samples, k, grader="builtin"):
     """{name: number} for the records of one problem and one model."""
     right = [sample["correct"] for sample in samples]
     scores = {"accuracy": np.mean(right)}
-    for name in ("truncated", "tokens", "evictions"):
+    for name in ("truncated", "tokens", "evictions", "cache_mb"):
         scores[name] = np.mean([sample[name] for sample in samples])
+    if "parts" in samples[0]:
+        parts = np.mean([sample["parts"] for sample in samples], axis=0)        # (K,) oldest first
+        scores["sums"] = parts.mean()
+        scores |= {f"sum-{i}": part for i, part in enumerate(parts, start=1)}
     if k > 1:
         scores[f"pass@{k}"] = pass_at_k(len(samples), sum(right), k)
         scores[f"maj@{k}"] = majority(samples[:k], grader)
@@ -403,10 +437,14 @@ def find_arms(model, runs):
     for run, config in configs.items():
         lora = "LoRA_c" if config["window"] else "LoRA"
         name = {"pte": "PTE", "lora": lora}.get(config["adapter"], config["adapter"])
-        if config["adapter"] == "pte" and config["memory_order"] == "paper":
-            name += ", paper's order"
-        if config["memory_update"] != "paper":
-            name += f", {config['memory_update']}"
+        if config["adapter"] == "pte":                          # what is not the default
+            name = "no-global" if config["global_tokens"] == 0 else name
+            name += ", paper's order" if config["memory_order"] == "paper" else ""
+            update = config["memory_update"]
+            name += f", {update} update" if update != "delta" else ""
+            name += ", plain keys" if config["memory_keys"] == "plain" else ""
+        if config["sft_steps"]:
+            name += ", SFT" if config["steps"] == 0 else ", SFT and GRPO"
         for setting, value in first.setdefault(name, config).items():
             may_differ = setting in NOT_OF_AN_ARM
             if setting == "base_hash":
@@ -468,12 +506,22 @@ def table_row(arm, window, models, sets, records, grader):
             if name == problem_set.score:
                 shown_columns.append(column)
     row["average"] = interval(shown_columns)
+    row["by_evictions"] = {}                                    # accuracy of parts of answers
+    for n, right in sorted(pair for record in mine if "survived" in record
+                           for pair in zip(record["survived"], record["parts"])):
+        row["by_evictions"].setdefault(n, []).append(right)
+    row["by_evictions"] = {n: float(np.mean(x)) for n, x in row["by_evictions"].items()}
     return row
 
 def markdown(rows, sets):
-    """The table of arms, in %."""
+    """The table of arms, in %; for answers in parts also each part of the last set's answers, and
+    the accuracy of parts by the number of evictions since they were written."""
     titles = [f"{data} {s.score}".removesuffix(" accuracy") for data, s in sets.items()]
     lines = [["arm", "window", *titles, "average", "cache MB", "memory MB"]]
+    last = list(sets)[-1]
+    has_parts = "sums" in rows[0]["scores"][last]
+    if has_parts:
+        lines[0].append(f"parts of {last}, oldest first")
     lines.append(["---"] * len(lines[0]))
     for row in rows:
         scores = [row["scores"][data][problem_set.score] for data, problem_set in sets.items()]
@@ -482,19 +530,86 @@ def markdown(rows, sets):
             cells.append("{:.1f} ({:.1f}-{:.1f})".format(*[100 * x for x in score]))
         lines.append([row["arm"], str(row["window"] or "full"), *cells, f"{row['cache_mb']:.3f}",
                       f"{row['memory_mb']:.0f}"])
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+        if has_parts:
+            parts = [score for name, score in row["scores"][last].items() if "sum-" in name]
+            lines[-1].append(" ".join(f"{100 * part[0]:.0f}" for part in parts))
+    text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    curves = curves_by_evictions(rows)
+    if len({n for curve in curves.values() for n in curve}) > 1:
+        text += "\n" + text_chart(BY_EVICTIONS, curves)
+    return text
 
-def draw(rows, path):
-    """Average accuracy over the cache of a sequence, a line for each arm."""
+BY_EVICTIONS = "% right, by evictions since written"
+
+def curves_by_evictions(rows):
+    """{arm: {number of evictions: accuracy of the parts of answers that outlived as many}}"""
+    return {row["arm"]: row["by_evictions"] for row in rows if row["window"]}
+
+def learning_curves(arms):
+    """{arm and K: {step: accuracy}} of each run from its metrics.jsonl, means of 20 steps; a list,
+    one for each run."""
+    found = []
+    for folder, (arm, config) in arms.items():
+        path = Path(folder, "metrics.jsonl")
+        bins = {}
+        for line in path.read_text().splitlines() if config and path.exists() else []:
+            metrics = json.loads(line)
+            if "accuracy" in metrics:
+                label = arm if metrics["K"] is None else f"{arm}, K = {metrics['K']}"
+                step = 20 * math.ceil(metrics["step"] / 20)
+                bins.setdefault(label, {}).setdefault(step, []).append(metrics["accuracy"])
+        found.append({label: {step: float(np.mean(x)) for step, x in curve.items()}
+                      for label, curve in bins.items()})
+    return found
+
+def mean_curve(curves):
+    """The mean of several curves {x: y}, where any of them has a point."""
+    points = {}
+    for curve in curves:
+        for x, y in curve.items():
+            points.setdefault(x, []).append(y)
+    return {x: float(np.mean(ys)) for x, ys in sorted(points.items())}
+
+def text_chart(title, curves):
+    """Curves {label: {x: y}}, y between 0 and 1 -> lines of text, in %."""
+    numbers = sorted({x for curve in curves.values() for x in curve})
+    text = f"{title:36}" + "".join(f"{x:>5}" for x in numbers) + "\n"
+    for label, curve in curves.items():
+        cells = [f"{100 * curve[x]:5.0f}" if x in curve else " " * 5 for x in numbers]
+        text += f"{label:36}" + "".join(cells) + "\n"
+    return text
+
+def draw(rows, arms, path):
+    """Four panels: learning curves (a thin line for each seed), accuracy over evictions and over
+    windows, and the cache over the length. Returns the same as text where there is no matplotlib.
+    """
+    runs = learning_curves(arms)
+    labels = dict.fromkeys(label for run in runs for label in run)
+    learning = {label: mean_curve([run[label] for run in runs if label in run])
+                for label in labels}
+    windows, caches = {}, {}
+    for row in rows:
+        windows.setdefault(row["arm"], {})[row["window"]] = row["average"][0]
+        curve = caches.setdefault(f"window {row['window'] or 'full'}", {})
+        for scores in row["scores"].values():
+            curve[round(scores["tokens"][0])] = scores["cache_mb"][0]
+    panels = {"accuracy while training, by step": learning,
+              BY_EVICTIONS: curves_by_evictions(rows), "accuracy by window (0: full)": windows}
+    if find_spec("matplotlib") is None:
+        return "\n".join(text_chart(title, curves) for title, curves in panels.items())
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots()
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        points = sorted([row["cache_mb"], *row["average"]] for row in rows if row["arm"] == arm)
-        x, mean, low, high = np.array(points).T
-        axes.errorbar(x, mean, np.maximum([mean - low, high - mean], 0), label=arm, marker="o")
-    axes.set(xlabel="cache of a sequence, MB", ylabel="average accuracy")
-    axes.legend()
+    panels["KV cache, MB, by response tokens"] = caches
+    figure, axes = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
+    for axis, (title, curves) in zip(axes.flat, panels.items()):
+        for label, curve in curves.items():
+            line, = axis.plot(*zip(*sorted(curve.items())), marker=".", label=label)
+            for run in runs if curves is learning else []:
+                points = run.get(label, {})
+                axis.plot(list(points), list(points.values()), color=line.get_color(), lw=0.5)
+        axis.set_title(title)
+        axis.legend(fontsize=7)
     figure.savefig(path)
+    return f"{path}: learning curves, accuracy over evictions and windows, memory over length\n"
 
 WITHOUT_RUNS = {"window": 0, "max_new_tokens": 512, "evict_ratio": 0.25}
 
@@ -519,8 +634,6 @@ def settle(args, configs):
 def compare(args):
     """Measures all arms on all data under all windows, as `evaluation_args` says. Writes args.json
     and, beside it, a .jsonl with a record per sample. Returns the table in Markdown."""
-    if args.plot:
-        import matplotlib.pyplot        # if it is missing, fail now and not at the end
     if not (args.model or args.runs) or not args.data:
         raise UserError("give --model DIR or --runs RUN, and --data FILE.jsonl or one of "
                         f"{', '.join(BENCHMARKS)}")
@@ -570,10 +683,10 @@ def compare(args):
         for window in args.windows:
             rows.append(table_row(arm, window, models, sets, records, args.grader))
     write_json(path, {"grader": settings["grader"], "settings": settings, "rows": rows})
-    if args.plot:
-        draw(rows, args.plot)
     text = markdown(rows, sets)
     path.with_suffix(".md").write_text(text)
+    if args.plot:
+        text += "\n" + draw(rows, arms, args.plot)
     return text
 
 def evaluation_args(argv=None):
@@ -598,7 +711,7 @@ def evaluation_args(argv=None):
     add("--date", help="YYYY-MM-DD, for chat templates that write it; default: as in the run")
     add("--batch", type=int, default=32, help="rows that are decoded at a time")
     add("--json", default="runs/eval.json", help="file for the scores")
-    add("--plot", default="", help="FILE.png: accuracy over memory (pip install matplotlib)")
+    add("--plot", default="", help="FILE.png: curves; as text where matplotlib is missing")
     add("--seed", type=int, default=0, help="other samples")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))

@@ -1,4 +1,4 @@
-"""grpo.py: one step of GRPO, given rollouts and their rewards.
+"""grpo.py: one step of GRPO, given rollouts and their rewards; one supervised step, given texts.
 
 Group Relative Policy Optimisation. For the G responses to one prompt and their rewards,
 
@@ -22,9 +22,10 @@ They are never made anew under a newer state: that is why the ratio is 1 before 
 (`logp_gap` measures it). They are constants, so each segment has its own backward pass,
 after which its activations are freed.
 
-The gradient of h_g, W_Q, W_K and W_V is nevertheless exact, given these constants. S_j enters its
-segment as a leaf, which collects the gradient of the loss: M x R numbers per layer and row. At the
-end one backward pass through the short chain S_0 -> S_1 -> S_2 ... carries it on to the parameters.
+The gradient of the encoder (h_g, q_g, W_Q ...) is nevertheless exact, given these constants. S_j
+enters its segment as a leaf, which collects the gradient of the loss: R x R numbers per layer and
+row. At the end one backward pass through the short chain S_0 -> S_1 -> S_2 ... carries it on to the
+parameters.
 For that only the evicted keys and values are kept.
 
 What differs from other GRPO code:
@@ -132,7 +133,10 @@ def replay_and_backward(model, encoder, rollout, rows, token_loss, truncate_memo
     token_loss(logps (b, t), columns) -> scalar: the loss of the tokens in these columns (a slice).
     It is called once per segment, and its result goes backward at once.
     truncate_memory: the gradient of a segment goes through the eviction before it and no further.
-    Then nothing is kept between segments: a long response needs no more memory than a short one."""
+    Then nothing is kept between segments: a long response needs no more memory than a short one.
+
+    Returns sums over the evictions of all rows, a tensor: the mean |S'| / |memory before|, the mean
+    cosine of the memory before and after, and the number of evictions."""
     T = int(rollout.lengths[rows].max())
     tokens = rollout.tokens[rows, :T]                                           # (b, T)
     prompts, prompt_of = rollout.prompt_of[rows].unique(return_inverse=True)    # (n,), (b,)
@@ -140,7 +144,8 @@ def replay_and_backward(model, encoder, rollout, rows, token_loss, truncate_memo
     prompt_ids = rollout.prompt_ids[prompts, :int(prompt_lengths.max())]        # (n, P)
     cache = SlidingCache(model.config.n_layers, prompt_lengths, prompt_ids.shape[1],
                          rollout.window, rollout.evict_size, rollout.tokens.shape[1])
-    memory = encoder.initial_memory()                                           # (L, 1, M, R)
+    memory = encoder.initial_memory()                                           # (L, 1, R, R)
+    changes = torch.zeros(3, device=rows.device)
     states = []
     leaves = []
     # The last token is predicted but never written, so T - 1 tokens go through the model.
@@ -149,7 +154,10 @@ def replay_and_backward(model, encoder, rollout, rows, token_loss, truncate_memo
             cache.detach()
             if truncate_memory:
                 memory = memory.detach()
-            memory = encoder.update(memory, *cache.evict())                     # (L, b, M, R)
+            before = memory
+            memory, write = encoder.update(before, *cache.evict())              # (L, b, R, R)
+            is_running = rollout.lengths[rows] - 1 > start                      # (b,)
+            changes += (memory_change(before, write, memory) * is_running[:, None]).sum(dim=0)
         S = encoder.state(memory)
         leaf = S.detach().requires_grad_(S.requires_grad)       # this segment's graph ends here
         columns = slice(start + 1, stop + 1)                    # token n predicts token n + 1
@@ -172,6 +180,17 @@ def replay_and_backward(model, encoder, rollout, rows, token_loss, truncate_memo
             leaves.append(leaf)
     if states:
         torch.autograd.backward(states, [leaf.grad for leaf in leaves])
+    return changes
+
+@torch.no_grad()
+def memory_change(before, write, after):
+    """What an eviction did to each row's memory, (b, 3): |S'| / |memory before| and the cosine of
+    the memory before and after, means over layers and rows of the memory; and 1, to count."""
+    size = before.norm(dim=-1)                                                  # (L, b or 1, R)
+    ratio = torch.where(size > 0, write.norm(dim=-1) / size, 0)                 # (L, b, R)
+    cosine = F.cosine_similarity(before, after, dim=-1)                         # (L, b, R)
+    return torch.stack([ratio.mean(dim=(0, 2)), cosine.mean(dim=(0, 2)),
+                        torch.ones_like(ratio[0, :, 0])], dim=1)                # (b, 3)
 
 def micro_batches(rollout, advantages, max_tokens, all_rows=False):
     """Splits the rows whose advantage is not zero into micro-batches (lists of row numbers), the
@@ -197,8 +216,8 @@ def micro_batches(rollout, advantages, max_tokens, all_rows=False):
 def backward(model, encoder, rollout, advantages, rows, n_tokens, config):
     """Adds the gradient of these rows' part of the loss to .grad. n_tokens: as in the loss above.
 
-    Returns a tensor with the sums of loss, KL, clipped tokens and tokens, and the largest
-    |log-prob of the replay - log-prob of the rollout|."""
+    Returns a tensor with the sums of loss, KL, clipped tokens and tokens, then those of
+    `replay_and_backward`; and the largest |log-prob of the replay - log-prob of the rollout|."""
     device = rollout.tokens.device
     sums = torch.zeros(4, device=device)
     gaps = []
@@ -206,8 +225,7 @@ def backward(model, encoder, rollout, advantages, rows, n_tokens, config):
 
     def token_loss(logps, columns):
         old_logps = rollout.logps[rows, columns]                                # (b, t)
-        numbers = torch.arange(columns.start, columns.stop, device=device)      # (t,)
-        mask = numbers < rollout.lengths[rows, None]          # (b, t) up to the end token, included
+        mask = response_mask(rollout, rows, columns)                            # (b, t)
         logps = torch.where(mask, logps, old_logps)      # after the end: ratio 1, whatever is there
         gaps.append((logps - old_logps).abs().max().detach())
         if config.inner_epochs == 1:                            # nothing has changed since the
@@ -223,8 +241,42 @@ def backward(model, encoder, rollout, advantages, rows, n_tokens, config):
         sums.add_(torch.stack(parts).detach())
         return loss
 
-    replay_and_backward(model, encoder, rollout, rows, token_loss, bool(config.truncate_memory))
-    return sums, torch.stack(gaps).max()
+    changes = replay_and_backward(model, encoder, rollout, rows, token_loss,
+                                  bool(config.truncate_memory))
+    return torch.cat([sums, changes]), torch.stack(gaps).max()
+
+def response_mask(rollout, rows, columns):
+    """(b, t) True for the tokens of rows (b,) up to the end token, included. columns: a slice."""
+    numbers = torch.arange(columns.start, columns.stop, device=rows.device)     # (t,)
+    return numbers < rollout.lengths[rows, None]                                # (b, t)
+
+def update_weights(encoder, optimizer, loss, config, all_reduce):
+    """Adds up the gradients of all processes and takes a step, unless loss or gradient are not
+    finite. Returns the norms of the gradient: of all, of the encoder, of A and B."""
+    for parameter in encoder.trainable_parameters():
+        all_reduce(parameter.grad)
+    norms = []
+    for parameters in (encoder.parameters(recurse=False), encoder.linears.parameters()):
+        grads = [p.grad for p in parameters if p.grad is not None]
+        norms.append(torch.stack([grad.norm() for grad in grads]).norm() if grads else 0.0)
+    norms.append(torch.nn.utils.clip_grad_norm_(encoder.trainable_parameters(),
+                                                config.max_grad_norm))
+    of_encoder, of_linears, of_all = [float(norm) for norm in norms]
+    finite = math.isfinite(of_all) and math.isfinite(loss)
+    if finite:
+        optimizer.step()
+    return {"grad_norm": of_all, "grad_norm_encoder": of_encoder, "grad_norm_linears": of_linears,
+            "skipped": not finite}
+
+def zero_gradients(encoder):
+    for parameter in encoder.trainable_parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+def memory_metrics(changes):
+    """The sums that `replay_and_backward` returns, a list -> metrics."""
+    write, cosine, n_evictions = changes
+    return {"memory_write": write / max(n_evictions, 1),
+            "memory_cosine": cosine / max(n_evictions, 1)}
 
 def grpo_step(model, encoder, optimizer, rollout, rewards, config, all_reduce=lambda tensor: None):
     """Updates the adapter from a rollout and its rewards (B,). Returns metrics, a dict of numbers.
@@ -239,30 +291,44 @@ def grpo_step(model, encoder, optimizer, rollout, rewards, config, all_reduce=la
         n_tokens = rollout.lengths.sum().float()
     all_reduce(n_tokens)
     batches = micro_batches(rollout, advantages, config.micro_batch, all_rows=config.kl_coef > 0)
-    parameters = encoder.trainable_parameters()
     metrics = {"spread": (advantages != 0).float().mean().item()}   # rows that teach
     for epoch in range(config.inner_epochs):
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        sums = torch.zeros(4, device=rewards.device)
+        zero_gradients(encoder)
+        sums = torch.zeros(7, device=rewards.device)
         gaps = []
         for rows in batches:
             part, gap = backward(model, encoder, rollout, advantages, rows, n_tokens, config)
             sums += part
             gaps.append(gap)
         all_reduce(sums)
-        for parameter in parameters:
-            all_reduce(parameter.grad)
-        loss, kl, clipped, n_replayed = sums.tolist()
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
-        finite = math.isfinite(grad_norm) and math.isfinite(loss)
-        if finite:
-            optimizer.step()
+        loss, kl, clipped, n_replayed, *changes = sums.tolist()
         if epoch == 0:                                     # later the weights are not the rollout's
             metrics["logp_gap"] = torch.stack(gaps).max().item()
-        metrics["loss"] = loss
-        metrics["kl"] = kl / n_replayed
-        metrics["ratio_clipped"] = clipped / n_replayed
-        metrics["grad_norm"] = grad_norm
-        metrics["skipped"] = not finite
+        metrics |= {"loss": loss, "kl": kl / n_replayed, "ratio_clipped": clipped / n_replayed}
+        metrics |= memory_metrics(changes)
+        metrics |= update_weights(encoder, optimizer, loss, config, all_reduce)
     return metrics
+
+# ------------------------------------------------------------------------------ one supervised step
+
+def sft_step(model, encoder, optimizer, rollout, config, all_reduce=lambda tensor: None):
+    """Updates the adapter so that given responses become more likely: cross-entropy, under the same
+    window and through the same segments. rollout: as `given_responses` makes it from texts.
+    Returns metrics."""
+    n_tokens = rollout.lengths.sum().float()
+    all_reduce(n_tokens)
+    zero_gradients(encoder)
+    sums = torch.zeros(4, device=n_tokens.device)
+    for rows in micro_batches(rollout, torch.ones(len(rollout.lengths)), config.micro_batch):
+        def token_loss(logps, columns):
+            mask = response_mask(rollout, rows, columns)                        # (b, t)
+            loss = -(logps * mask).sum() / n_tokens
+            sums[0] += loss.detach()
+            return loss
+
+        sums[1:] += replay_and_backward(model, encoder, rollout, rows, token_loss,
+                                        bool(config.truncate_memory))
+    all_reduce(sums)
+    loss, *changes = sums.tolist()
+    metrics = {"loss": loss} | memory_metrics(changes)
+    return metrics | update_weights(encoder, optimizer, loss, config, all_reduce)

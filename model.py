@@ -14,6 +14,7 @@ Try it:  python rollout.py --model DIR --prompt "What is the capital of France?"
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -155,7 +156,7 @@ class Transformer(nn.Module):
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)   # (D/2,)
 
     def hidden(self, ids, cache=None, S=None):
-        """ids (B, T) -> the last layer's hidden states, normed, (B, T, C). S: (L, B or 1, M, R).
+        """ids (B, T) -> the last layer's hidden states, normed, (B, T, C). S: (L, B or 1, R, R).
         Without a cache the tokens stand at 0 ... T-1 and attend causally."""
         if cache is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]             # (1, T)
@@ -435,7 +436,6 @@ class Tokenizer:
     def chat(self, messages):
         """Ids of a conversation in the model's format, up to where the answer begins. What a user
         writes never becomes a special token or one of the format's. Raises UserError."""
-        from jinja2.sandbox import ImmutableSandboxedEnvironment            # comes with torch
         guarded = []
         for message in messages:
             text = message["content"]
@@ -443,18 +443,24 @@ class Tokenizer:
                 if name in self.special or name in self.template:
                     text = text.replace(name, name[0] + GUARD + name[1:])
             guarded.append(message | {"content": text})
-        # {% generation %} marks what TRL trains on; {% with %} is a tag that does nothing
-        template = re.sub(r"(\{%[-+]?\s*(end)?)generation\b", r"\1with", self.template)
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         variables = self.names | dict(
             messages=guarded, add_generation_prompt=True, tools=None, documents=None,
             raise_exception=raise_exception,
             strftime_now=lambda form: time.strftime(form, self.date or time.localtime()))
         try:
-            text = environment.from_string(template).render(variables | self.template_args)
+            text = compile_template(self.template).render(variables | self.template_args)
         except Exception as error:                          # a template is a program of a stranger
             raise UserError(f"the model's chat template fails: {error}") from None
         return self.encode(text, control=True)
+
+@functools.lru_cache
+def compile_template(template):
+    """A chat template -> a program. Kept, because compiling takes far longer than running it."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment                # comes with torch
+    # {% generation %} marks what TRL trains on; {% with %} is a tag that does nothing
+    template = re.sub(r"(\{%[-+]?\s*(end)?)generation\b", r"\1with", template)
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template)
 
 def set_chat_format(tokenizer, config):
     """Gives the tokenizer a run's system message, date, and arguments of its chat template."""

@@ -56,6 +56,17 @@ class Rollout:
         over = (self.lengths - 1 - self.window).clamp(min=0)    # the last token is never written
         return (over + self.evict_size - 1) // self.evict_size
 
+def given_responses(prompts, responses, window, evict_ratio, device):
+    """A Rollout of given responses, one to each prompt (lists of ids, their end tokens included),
+    as if they had been sampled: for supervised training. Its log-probs are unknown: zeros."""
+    prompt_ids, prompt_lengths = pad_right(prompts, device)                     # (B, P), (B,)
+    tokens, lengths = pad_right(responses, device)                              # (B, T), (B,)
+    prompt_of = torch.arange(len(prompts), device=device)                       # (B,)
+    ended = torch.ones_like(lengths, dtype=torch.bool)                          # (B,)
+    logps = torch.zeros_like(tokens, dtype=torch.float32)                       # (B, T)
+    return Rollout(prompt_ids, prompt_lengths, prompt_of, tokens, lengths, logps, ended, window,
+                   eviction_size(window, evict_ratio), temperature=1.0, cache_mb=0.0)
+
 def sample(logits, temperature, u):
     """Draws one id per row of logits (B, vocab) / temperature, given uniform numbers u (B,) in
     [0, 1); temperature 0 takes the most likely id. Returns ids (B,) and their log-probs (B,)."""
@@ -159,14 +170,14 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
     check_every = 1 if on_token or device.type == "cpu" else 16
 
     cache = SlidingCache(model.config.n_layers, prompt_lengths, P, window, E, max_new_tokens)
-    memory = encoder.initial_memory() if encoder else None                      # (L, 1, M, R)
+    memory = encoder.initial_memory() if encoder else None                      # (L, 1, R, R)
     S = encoder.state(memory) if encoder else None
     hidden = model.hidden(prompt_ids, cache, S)                                 # (N, P, C)
     hidden = hidden[torch.arange(N, device=device), prompt_lengths - 1]         # (N, C)
     cache.expand_prompts(prompt_of)
     cache_mb = cache.megabytes
     hidden = hidden[prompt_of]                                                  # (B, C)
-    memory = memory.expand(-1, B, -1, -1) if encoder else None                  # (L, B, M, R)
+    memory = memory.expand(-1, B, -1, -1) if encoder else None                  # (L, B, R, R)
     next_hidden = RecordedStep(model) if hidden.is_cuda else model.hidden
 
     for t in tqdm(range(max_new_tokens), desc=progress, disable=not progress, leave=False):
@@ -189,10 +200,11 @@ def generate(model, encoder, prompts, group_size=1, *, max_new_tokens, window=0,
             rows = rows[left]                                               # (b,), now n_left
             drawn = drawn[left]                                             # (b,)
             cache.select_rows(left)
-            memory = memory[:, left] if encoder else None                   # (L, b, M, R)
+            memory = memory[:, left] if encoder else None                   # (L, b, R, R)
         if evicting:
-            K_e, V_e = cache.evict()
-            memory = encoder.update(memory, K_e, V_e) if encoder else None
+            K_e, V_e, positions = cache.evict()
+            if encoder:
+                memory, _ = encoder.update(memory, K_e, V_e, positions)         # (L, b, R, R)
         S = encoder.state(memory) if encoder else None
         hidden = next_hidden(drawn[:, None], cache, S)[:, 0]                            # (b, C)
 
@@ -227,6 +239,81 @@ def join(tensors):
         tensors = [F.pad(x, (0, width - x.shape[1])) for x in tensors]
     return torch.cat(tensors)                                           # (sum of b_i, ...)
 
+# ----------------------------------------------------------- a look inside the memory of a response
+
+@torch.inference_mode()
+def inspect_memory(model, encoder, rollout):
+    """Goes through a response again, in n + 1 rows that differ in their memory: row 0 as it was
+    sampled, row j without its j-th eviction.
+
+    Returns logps (n + 1, T) of the response's tokens, and for each eviction a dict: "tokens", what
+    left (ids); "cosine" and "size" of the change, of the state and of S' over the memory, (L,);
+    "taken" (E,), the share of the queries that took most from each of these tokens."""
+    assert len(rollout.lengths) == 1
+    ids = rollout.tokens[0, :rollout.lengths[0]]                                    # (T,)
+    n = rollout.n_evictions()[0].item()
+    rows = torch.arange(n + 1, device=ids.device)
+    cache = SlidingCache(model.config.n_layers, rollout.prompt_lengths, rollout.prompt_ids.shape[1],
+                         rollout.window, rollout.evict_size, len(ids))
+    memory = encoder.initial_memory()                                               # (L, 1, R, R)
+    hidden = model.hidden(rollout.prompt_ids, cache, encoder.state(memory))[:, -1]  # (1, C)
+    cache.expand_prompts(rows * 0)
+    memory = memory.expand(-1, n + 1, -1, -1)                                   # (L, n + 1, R, R)
+    hidden = hidden.expand(n + 1, -1)                                           # (n + 1, C)
+    logps = []
+    evictions = []
+    for token in ids:
+        logps.append(torch.log_softmax(model.logits(hidden), dim=-1)[:, token])     # (n + 1,)
+        if len(logps) == len(ids):
+            break
+        if cache.is_full:
+            leaving = cache.token_at[cache.slots_to_evict()] - cache.P              # (E,)
+            K_e, V_e, positions = cache.evict()
+            updated, write = encoder.update(memory, K_e, V_e, positions)
+            q, match, answer, _ = encoder.project(K_e[:, :1], V_e[:, :1], positions[:1])
+            taken = (answer @ q.mT).abs() * match.norm(dim=-1, keepdim=True)        # (L, 1, E, R)
+            most = taken.argmax(dim=2).flatten().bincount(minlength=len(leaving))   # (E,)
+            before, after = encoder.state(memory)[:, 0], encoder.state(updated)[:, 0]
+            evictions.append({
+                "tokens": ids[leaving.to(ids.device)].tolist(),
+                "cosine": F.cosine_similarity(before, after, dim=-1).mean(dim=-1).tolist(),
+                "size": (write[:, 0].norm(dim=(1, 2)) / memory[:, 0].norm(dim=(1, 2))).tolist(),
+                "taken": (most / most.sum()).tolist()})
+            keeps = (rows == len(evictions))[:, None, None]                         # this one not
+            memory = torch.where(keeps, memory, updated)                        # (L, n + 1, R, R)
+        hidden = model.hidden(token.expand(n + 1, 1), cache, encoder.state(memory))[:, 0]
+    return torch.stack(logps, dim=1), evictions
+
+def show_memory(model, encoder, tokenizer, rollout, plot=""):
+    """Prints what each eviction did to the memory, and what the response loses without it."""
+    if encoder is None or encoder.adapter != "pte" or rollout.n_evictions()[0] == 0:
+        raise UserError("--show-memory needs a --run with a memory (--adapter pte) and a response "
+                        "longer than its --window")
+    logps, evictions = inspect_memory(model, encoder, rollout)
+    probabilities = logps.exp().cpu()                                               # (n + 1, T)
+    texts = [tokenizer.decode([i]) for i in rollout.tokens[0].tolist()]
+    for j, eviction in enumerate(evictions, start=1):
+        left = [f"{tokenizer.decode([i])!r} {share:.0%}"
+                for i, share in zip(eviction["tokens"], eviction["taken"])]
+        print(f"eviction {j}: {tokenizer.decode(eviction['tokens'])!r} left. Share of queries that "
+              f"took most from each token: {', '.join(left)}")
+        for name in ("size", "cosine"):
+            print(f"    {name} by layer: {' '.join(f'{x:.2f}' for x in eviction[name])}")
+        loss = probabilities[0] - probabilities[j]                                  # (T,)
+        worst = [f"{texts[t]!r} (token {t}) {probabilities[0, t]:.0%} -> {probabilities[j, t]:.0%}"
+                 for t in loss.argsort(descending=True)[:3].tolist() if loss[t] > 0.01]
+        print(f"    without it: {', '.join(worst) or 'no token loses more than 1 %'}")
+    if plot:
+        import matplotlib.pyplot as plt
+        figure, axes = plt.subplots(figsize=(0.3 * len(texts) + 2, 0.3 * len(evictions) + 2))
+        image = axes.imshow(probabilities[1:] - probabilities[0], vmin=-1, vmax=1, cmap="RdBu")
+        axes.set_xticks(range(len(texts)), texts)
+        labels = [tokenizer.decode(eviction["tokens"]) for eviction in evictions]
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set(xlabel="token of the response", ylabel="eviction left out of the memory")
+        figure.colorbar(image, label="change of the token's probability")
+        figure.savefig(plot, bbox_inches="tight")
+
 # ------------------------------------------------------------------- the command line: a chat
 
 def parse_args():
@@ -247,6 +334,8 @@ def parse_args():
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     add("--show-evictions", action="store_true", help="mark on stderr where tokens leave")
+    add("--show-memory", action="store_true", help="what each eviction did to the memory")
+    add("--plot", default="", help="FILE.png: the same as a picture (pip install matplotlib)")
     return parser.parse_args()
 
 def main():
@@ -280,6 +369,8 @@ def main():
     print(f"{n_tokens} tokens, {n_tokens / (time.time() - start):.1f} tokens/s, "
           f"{rollout.n_evictions()[0].item()} evictions, cache {rollout.cache_mb:.3f} MB",
           file=sys.stderr)
+    if args.show_memory:
+        show_memory(model, encoder, tokenizer, rollout, args.plot)
 
 if __name__ == "__main__":
     run_script(main)

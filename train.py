@@ -2,10 +2,12 @@
 
     python train.py                    a tiny world: minutes on a laptop, no download, no GPU
     python train.py --adapter lora     the same window, without thought encoding
+    python train.py --world long       up to six sums to remember: 15 evictions
     python train.py --model DIR --data gsm8k_train.jsonl --out runs/mine         a real model
 
 Each step: take some problems, sample a group of responses to each under the window (rollout.py),
 give each response a reward (the task), compare within groups and update the adapter (grpo.py).
+With --sft-steps, supervised steps on worked examples come first, under the same window.
 
 Problems and random numbers are functions of seed and step, so a checkpoint needs no random state:
 `--resume RUN` goes on as if the run had never stopped, on a CPU to the last bit. Several GPUs share
@@ -31,20 +33,20 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cache import eviction_size
-from encoder import (ADAPTERS, MEMORY_ORDERS, MEMORY_UPDATES, attach_by_config, base_folder,
-                     load_run, merge_adapter, read_config, save_adapter)
+from encoder import (ADAPTERS, MEMORY_KEYS, MEMORY_ORDERS, MEMORY_UPDATES, attach_by_config,
+                     base_folder, load_run, merge_adapter, read_config, save_adapter)
 from evaluate import (ProblemFile, append, check_template, compare, evaluation_args,
                       extract_answer, grade_rollout, open_locked, problem_ids, problem_prompts,
-                      problems_hash)
-from grpo import grpo_step
+                      problems_hash, right_parts)
+from grpo import grpo_step, sft_step
 from model import (ArgumentParser, ModelConfig, Tokenizer, Transformer, UserError, atomic_write,
                    load_model, pick_device, read_json, run_script, set_chat_format, weights_hash,
                    write_json, write_safetensors)
-from rollout import generate_in_parts
+from rollout import generate_in_parts, given_responses
 
 # ---------------------------------------------------------------------------------------- settings
 
-PRESETS = ("tiny", "24gb", "80gb")      # for a CPU, a GPU of 24 GB, a GPU of 80 GB
+PRESETS = ("tiny", "long", "24gb", "80gb")      # two for a CPU, a GPU of 24 GB, one of 80 GB
 
 def flag(default, help, choices=None):
     """A field that is a command-line flag. A tuple is a default for each preset, in their order."""
@@ -54,33 +56,39 @@ def flag(default, help, choices=None):
 @dataclass
 class Config:
     """Every setting, with unit and default. Each is a flag of the command line."""
-    preset: str = flag("auto", "auto: tiny for the tiny model, else 24gb", ("auto", *PRESETS))
+    preset: str = flag("auto", "auto: as the world for the tiny model, else 24gb",
+                       ("auto", *PRESETS))
     model: str = flag("tiny", "'tiny', a model folder, or an id on the Hugging Face hub")
     data: str = flag("tally", "a task of train.py ('tally'), or a JSONL file of problems")
+    world: str = flag("tiny", "tally with up to 3 lists, or long: up to 6", ("tiny", "long"))
     out: str = flag("", "run folder; default: the next free runs/MODEL-ADAPTER-SEED")
     prompt_template: str = flag("", "text around {problem}; default: asks for a \\boxed answer")
     system: str = flag("", "system message of the chat format")
     template_args: str = flag("{}", "JSON for the chat template: '{\"enable_thinking\": false}'")
     date: str = flag("", "YYYY-MM-DD, for chat templates that write the date; default: today")
-    adapter: str = flag("pte", "thought encoding, plain LoRA, or one of two ablations", ADAPTERS)
+    adapter: str = flag("pte", "thought encoding, plain LoRA, or only S_0, never updated", ADAPTERS)
     memory_order: str = flag("keys-match", "order of evicted keys and values in S' (encoder.py)",
                              MEMORY_ORDERS)
-    memory_update: str = flag("paper", "paper: old evictions fade; sum: all weigh alike",
-                              MEMORY_UPDATES)
+    memory_update: str = flag("delta", "how an eviction joins the memory (encoder.py)",
+                              tuple(MEMORY_UPDATES))
+    memory_keys: str = flag("rotated", "evicted keys with their positions in them, or without",
+                            MEMORY_KEYS)
     truncate_memory: int = flag(0, "1: the gradient passes through the last eviction only", (0, 1))
-    rank: int = flag((16, 32, 32), "R, rank of the adapter and width of the state")
-    global_tokens: int = flag((16, 32, 32), "M, learnable tokens of the encoder (LoRA: M = R)")
+    rank: int = flag(32, "R, rank of the adapter; the state is R x R")
+    global_tokens: int = flag(32, "M, learnable tokens that make S_0; 0: S_0 = 0")
     alpha: float = flag(32.0, "the update of the weights is scaled by alpha / rank")
-    window: int = flag((16, 256, 1024), "W, response tokens kept beside the prompt; 0: all")
+    window: int = flag((16, 16, 256, 1024), "W, response tokens kept beside the prompt; 0: all")
     evict_ratio: float = flag(0.25, "share of the window that leaves at once")
-    max_new_tokens: int = flag((34, 1024, 3072), "longest response, in tokens")
+    max_new_tokens: int = flag((47, 92, 1024, 3072), "longest response, in tokens")
     temperature: float = flag(1.0, "of sampling; the log-probs are those at this temperature")
-    prompts: int = flag((16, 8, 32), "N, problems per step")
-    group_size: int = flag((16, 8, 8), "G, responses to each problem")
-    rollout_batch: int = flag((256, 64, 256), "responses decoded at once: for memory only")
-    micro_batch: int = flag((4096, 2048, 8192), "response tokens replayed at once: for memory only")
-    steps: int = flag(200, "training steps")
-    lr: float = flag((1e-3, 1e-5, 1e-5), "peak learning rate of AdamW")
+    prompts: int = flag((16, 16, 8, 32), "N, problems per step")
+    group_size: int = flag((16, 16, 8, 8), "G, responses to each problem")
+    rollout_batch: int = flag((256, 256, 64, 256), "responses decoded at once: for memory only")
+    micro_batch: int = flag((4096, 4096, 2048, 8192), "response tokens replayed at once: likewise")
+    sft_steps: int = flag(0, "supervised steps on worked examples, before GRPO")
+    steps: int = flag((140, 320, 200, 200), "steps of GRPO")
+    lr: float = flag((1e-3, 1e-3, 1e-5, 1e-5), "peak learning rate of AdamW, for A and B")
+    encoder_lr: float = flag((4e-3, 4e-3, 1e-4, 1e-4), "peak learning rate of the thought encoder")
     warmup: int = flag(10, "steps of rising learning rate; it falls linearly to a tenth")
     max_grad_norm: float = flag(1.0, "longer gradients are scaled down to this norm")
     inner_epochs: int = flag(1, "updates per rollout; above 1 the clip acts")
@@ -88,9 +96,11 @@ class Config:
     clip_high: float = flag(0.28, "and above 1 + this")
     kl_coef: float = flag(0.0, "weight of the KL to the base model with its full cache")
     loss: str = flag("grpo", "dr_grpo: no division by std and length", ("grpo", "dr_grpo"))
-    base_steps: int = flag(350, "tiny: supervised steps that make the base model")
+    reward: str = flag("task", "task: as the task says (tally: share of right sums); exact: 1 for "
+                       "a right answer, else 0", ("task", "exact"))
+    base_steps: int = flag((350, 350, 1, 1), "tiny: supervised steps that make the base model")
     test_problems: int = flag(500, "tiny: problems of each K in the final table; 0: no table")
-    save_every: int = flag((20, 5, 5), "steps between checkpoints, and samples in samples.jsonl")
+    save_every: int = flag((20, 20, 5, 5), "steps between checkpoints, and samples logged")
     resume: str = flag("", "run folder to go on with, under its settings and what is given anew")
     merge: str = flag("", "run folder of a LoRA to be written to --out as a model of its own")
     wandb: bool = flag(False, "also log to Weights & Biases (pip install wandb)")
@@ -101,7 +111,7 @@ class Config:
 
     def __post_init__(self):
         if self.preset == "auto":
-            self.preset = "tiny" if self.model == "tiny" else "24gb"
+            self.preset = self.world if self.model == "tiny" else "24gb"
         for f in fields(self):
             value = getattr(self, f.name)
             if value is None:
@@ -112,11 +122,12 @@ class Config:
         """Raises UserError for settings that cannot work."""
         eviction_size(self.window, self.evict_ratio)
         set_chat_format(argparse.Namespace(), asdict(self))     # a mistake in it shows now
-        least = dict.fromkeys(("rank", "global_tokens", "max_new_tokens", "prompts", "steps",
+        least = dict.fromkeys(("rank", "max_new_tokens", "prompts",
                                "rollout_batch", "micro_batch", "inner_epochs", "base_steps",
                                "save_every"), 1)
         least |= dict.fromkeys(("alpha", "lr", "warmup", "max_grad_norm", "clip_low", "clip_high",
-                                "kl_coef", "seed", "test_problems"), 0)
+                                "kl_coef", "seed", "test_problems", "global_tokens",
+                                "encoder_lr", "sft_steps", "steps"), 0)
         least |= {"group_size": 2, "temperature": 0.01}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -130,6 +141,8 @@ class Config:
         if (self.model == "tiny") != (self.data in TASKS):
             raise UserError(f"--model {self.model} --data {self.data}: the tiny model does the "
                             f"task {' or '.join(TASKS)}, other models need a JSONL file")
+        if self.world == "long" and self.data != "tally":
+            raise UserError("--world long is a world of --data tally; leave one of them out")
 
 # What may change when a run goes on: how long it lasts, where it runs, where things are.
 CHANGEABLE = ("resume", "out", "steps", "model", "data", "device", "micro_batch", "rollout_batch",
@@ -162,13 +175,13 @@ class Tally:
     """K lists of six digits, as in `527184,903341=`. The response walks along each list and writes
     every digit and the running sum mod 10, `;` after each list; then `Answer:` and the K sums.
 
-    Under a window of 16 the first of two sums has left the cache when it is asked for. A model that
-    has not kept it can only guess, 1 in 10: it cannot add six digits of the prompt in one token.
-    Another task is a class with the names below (or a subclass that overrides some), added to
-    TASKS. Its problems of one K must have equally many tokens."""
+    Under a window of 16 all sums but the last have left the cache when they are asked for. A model
+    that has not kept them can only guess, 1 in 10: it cannot add six digits of the prompt in one
+    token. Another task is a class with the names below (or a subclass that overrides some), added
+    to TASKS. Its problems of one K must have equally many tokens."""
     characters = "0123456789,=;"                            # the vocabulary of the base model
     counts = (1, 2, 3)                                      # K: the base model learns all of them
-    train_counts = (2, 2, 2, 1)                             # K of the steps of GRPO, in turn
+    stages = {0: (2, 2, 2, 1), 40: (3, 3, 2, 1)}            # from this step of GRPO on: K, in turn
 
     def problem(self, K, rng):
         lists = rng.integers(0, 10, (K, 6))                                     # (K, 6)
@@ -178,23 +191,39 @@ class Tally:
             walks.append("".join(f"{d}{s}" for d, s in zip(digits, running_sums)) + ";")
         question = ",".join("".join(map(str, digits)) for digits in lists) + "="
         answer = "".join(map(str, sums[:, -1]))
-        return {"problem": question, "walks": walks, "answer": answer, "exact": True, "K": K}
+        written = [13 * i + 11 for i in range(K)]           # the tokens of the K sums in the walks
+        return {"problem": question, "walks": walks, "answer": answer, "exact": True,
+                "parts": written, "K": K}
 
     def batch(self, step, n, seed):
         """The n problems of a step, a function of seed and step."""
         rng = np.random.default_rng([seed, 1, step])
-        K = self.train_counts[step % len(self.train_counts)]
+        counts = self.stages[max(first for first in self.stages if first <= step)]
+        K = counts[step % len(counts)]
         return [self.problem(K, rng) for _ in range(n)]
 
     def gold(self, problem):
-        """The response that the base model learns, in parts that `history_mask` may hide."""
-        return [*problem["walks"], "Answer:" + problem["answer"]]
+        """The response that supervised steps teach."""
+        return "".join(problem["walks"]) + "Answer:" + problem["answer"]
 
     def reward(self, problem, text, n_tokens, ended):
-        """ended: the response was not cut off. n_tokens: for those who reward short responses."""
-        return float(ended and extract_answer(text) == problem["answer"])
+        """The share of right sums. ended: the response was not cut off. n_tokens: for those who
+        reward short responses."""
+        return float(np.mean(right_parts(problem, extract_answer(text)))) if ended else 0.0
 
-TASKS = {"tally": Tally}
+class LongTally(Tally):
+    """Up to six lists: the first of six sums must outlive 15 evictions."""
+    counts = (1, 2, 3, 4, 5, 6)
+    stages = {0: (2, 2, 2, 1), 50: (3, 3, 2, 1), 90: (4, 4, 3, 2), 130: (5, 5, 4, 3),
+              180: (6, 6, 5, 4), 240: (6, 6, 5, 3)}
+
+TASKS = {"tally": Tally}                                    # the choices of --data, but for files
+
+def make_task(config):
+    """The task object that --data and --world name. Raises UserError for a file that is wrong."""
+    if config.world == "long":
+        return LongTally()
+    return TASKS[config.data]() if config.data in TASKS else ProblemFile(config.data)
 
 def history_mask(T, start, stop):
     """Causal attention mask (B, 1, T, T) that also hides tokens start ... stop - 1 of each row from
@@ -221,15 +250,14 @@ def base_loss(model, tokenizer, task, problems, rng):
     learns to guess evenly where it cannot know, and GRPO finds lucky guesses to reward. It learns
     nothing about carrying what is hidden."""
     device = model.embedding.weight.device
-    texts = [problem["problem"] + "".join(task.gold(problem)) for problem in problems]
+    texts = [problem["problem"] + task.gold(problem) for problem in problems]
     ids = [tokenizer.encode(text) + model.config.eos_ids for text in texts]
     assert tokenizer.decode(ids[0][:-1]) == texts[0], "the task's characters lack some of these"
     ids = torch.tensor(ids, device=device)                                      # (B, T + 1)
     start = len(tokenizer.encode(problems[0]["problem"]))                       # alike in all rows
-    ends = [len(tokenizer.encode(part)) for part in task.gold(problems[0])]
-    ends = start + np.cumsum([0, *ends])                                        # of the parts
-    n_walks = len(ends) - 2                                                     # the last one stays
-    n_hidden = rng.integers(2, size=len(ids)) * rng.integers(max(n_walks, 1), size=len(ids))
+    walks = [len(tokenizer.encode(walk)) for walk in problems[0]["walks"]]
+    ends = start + np.cumsum([0, *walks])                                       # of the walks
+    n_hidden = rng.integers(2, size=len(ids)) * rng.integers(len(walks), size=len(ids))
     T = ids.shape[1] - 1
     mask = history_mask(T, start, torch.tensor(ends[n_hidden], device=device))
     positions = torch.arange(T, device=device)[None]                            # (1, T)
@@ -242,7 +270,7 @@ def make_base(folder, task, config, device):
     """Trains a Llama of 300,000 weights on gold responses, never under a window. Writes a folder
     that is read like any other model's; does nothing if it is there already."""
     example = task.gold(task.problem(max(task.counts), np.random.default_rng(0)))
-    made_for = [config.base_steps, task.characters, list(task.counts), *example]
+    made_for = [config.base_steps, task.characters, list(task.counts), example]
     if folder.exists() and read_json(folder / "config.json", {}).get("made_for") == made_for:
         return
     torch.manual_seed(config.seed)
@@ -384,11 +412,21 @@ def step_metrics(rows):
 def mean_over_processes(metrics):
     """The means of all metrics over all processes; of logp_gap the largest."""
     gaps = torch.zeros(WORLD_SIZE)
-    gaps[RANK] = metrics["logp_gap"]
+    gaps[RANK] = metrics.get("logp_gap", 0.0)
     means = torch.tensor(list(metrics.values()), dtype=torch.float64) / WORLD_SIZE
     metrics = dict(zip(metrics, all_reduce(means).tolist()))
-    metrics["logp_gap"] = all_reduce(gaps).max().item()
+    if "logp_gap" in metrics:
+        metrics["logp_gap"] = all_reduce(gaps).max().item()
     return metrics
+
+def save_adapter_of_sft(out, encoder, config):
+    """Saves the adapter after the supervised steps as a run of its own, RUN/sft."""
+    folder = out / "sft"
+    folder.mkdir(exist_ok=True)
+    if config.model == "tiny":
+        shutil.copytree(out / "base", folder / "base", dirs_exist_ok=True)
+    save_adapter(folder, encoder, asdict(config))
+    write_json(folder / "config.json", read_json(out / "config.json") | {"steps": 0})
 
 def open_run(config, task, device):
     """Makes the folder of a run, or goes on with one. Sets config.out. Raises UserError.
@@ -403,7 +441,7 @@ def open_run(config, task, device):
     out = Path(config.out)
     all_reduce(torch.zeros(()))                             # all have seen that --out is free
     if RANK == 0 and config.model == "tiny" and not (out / "base").exists():
-        base = Path(f"runs/tiny-base-{config.seed}")
+        base = Path(f"runs/{config.world}-base-{config.seed}")
         make_base(base, task, config, device)
         shutil.copytree(base, out / "base")                 # so that a run can be moved
     all_reduce(torch.zeros(()))                             # the base is there
@@ -418,11 +456,18 @@ def open_run(config, task, device):
         problem_prompts(model, tokenizer, task.problems, config.prompt_template,
                         config.max_new_tokens)              # fails now if one is too long
         config.data = str(Path(config.data).absolute())     # so that it is found from anywhere
+        if config.sft_steps:
+            for problem in task.problems:
+                task.gold(problem)                          # fails now if one has none
         if Path(config.model).exists():                     # else it is an id on the hub
             config.model = str(Path(config.model).absolute())
     torch.manual_seed(config.seed)
     encoder = attach_by_config(model, asdict(config))
-    optimizer = torch.optim.AdamW(encoder.trainable_parameters(), betas=(0.8, 0.99), weight_decay=0)
+    groups = [{"params": list(encoder.linears.parameters()), "peak_lr": config.lr},
+              {"params": list(encoder.parameters(recurse=False)), "peak_lr": config.encoder_lr}]
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p.requires_grad]   # not the base's weights
+    optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.99), weight_decay=0)
     locked = []
     hashes = {"base_hash": weights_hash(base), "data_hash": data_hash}
     settings = asdict(config) | {"resume": "", **hashes}
@@ -438,8 +483,33 @@ def open_run(config, task, device):
         write_json(out / "config.json", settings)           # with what is given anew
     return model, tokenizer, encoder, optimizer, done, locked
 
+def supervised_step(model, encoder, optimizer, tokenizer, task, problems, prompts, config):
+    """One step on the worked examples of the problems -> metrics, Rollout of the examples."""
+    ids = [tokenizer.encode(task.gold(problem)) + [tokenizer.eos_id] for problem in problems]
+    rollout = given_responses(prompts, ids, config.window, config.evict_ratio,
+                              model.embedding.weight.device)
+    return sft_step(model, encoder, optimizer, rollout, config, all_reduce), rollout
+
+def sample_reward_update(model, encoder, optimizer, tokenizer, task, problems, prompts, seed,
+                         config):
+    """One step of GRPO -> metrics, Rollout, graded responses (dicts with a "reward")."""
+    rollout = generate_in_parts(
+        model, encoder, prompts, config.group_size, rollout_batch=config.rollout_batch,
+        max_new_tokens=config.max_new_tokens, window=config.window, evict_ratio=config.evict_ratio,
+        temperature=config.temperature, seeds=range(seed, seed + len(prompts)))
+    rows = grade_rollout(problems, rollout, tokenizer)
+    for row, i in zip(rows, rollout.prompt_of.tolist()):
+        row["reward"] = float(row["correct"])
+        if config.reward == "task":
+            row["reward"] = task.reward(problems[i], row["response"], row["tokens"],
+                                        not row["truncated"])
+    rewards = torch.tensor([row["reward"] for row in rows], device=rollout.tokens.device)   # (B,)
+    metrics = grpo_step(model, encoder, optimizer, rollout, rewards, config, all_reduce)
+    return metrics | step_metrics(rows), rollout, rows
+
 def train(config):
     """A generator: does one step at a time and yields its metrics, a dict, once they are saved.
+    The supervised steps come first, if there are any.
 
     Sets config.out to the run folder. Raises UserError."""
     config.check()
@@ -451,57 +521,62 @@ def train(config):
     if config.wandb:
         import wandb
     torch.use_deterministic_algorithms(device == "cpu")     # else threads add in any order
-    task = TASKS[config.data]() if config.data in TASKS else ProblemFile(config.data)
+    task = make_task(config)
     model, tokenizer, encoder, optimizer, done, locked = open_run(config, task, device)
     out = Path(config.out)
     if config.wandb and RANK == 0:
         wandb.init(project="nanopte", name=out.name, config=asdict(config))
 
-    for step in range(done, config.steps):
+    for step in range(done, config.sft_steps + config.steps):
         start = time.time()
-        # The problems of this step, and the learning rate: up for `warmup` steps, then down.
-        problems = task.batch(step, config.prompts, config.seed)[RANK * n:(RANK + 1) * n]
+        phase, i, n_steps = "sft", step, config.sft_steps   # i: number of the step in its phase
+        if step >= config.sft_steps:
+            phase, i, n_steps = "grpo", step - config.sft_steps, config.steps
+        # The problems of this step, and the learning rates: up for `warmup` steps, then down.
+        seed = config.seed + 500_000 * (phase == "sft")
+        problems = task.batch(i, config.prompts, seed)[RANK * n:(RANK + 1) * n]
         prompts = [problem_ids(tokenizer, problem, config.prompt_template) for problem in problems]
-        seed = (config.seed * 1_000_003 + step) * config.prompts + RANK * n
-        decay = 1 - 0.9 * step / config.steps
-        lr = config.lr * min((step + 1) / max(config.warmup, 1), decay)
-        optimizer.param_groups[0]["lr"] = lr
-        # Sample, reward, update.
-        rollout = generate_in_parts(
-            model, encoder, prompts, config.group_size, rollout_batch=config.rollout_batch,
-            max_new_tokens=config.max_new_tokens, window=config.window,
-            evict_ratio=config.evict_ratio, temperature=config.temperature,
-            seeds=range(seed, seed + n))
-        rows = grade_rollout(problems, rollout, tokenizer)
-        for row, i in zip(rows, rollout.prompt_of.tolist()):
-            row["reward"] = task.reward(problems[i], row["response"], row["tokens"],
-                                        not row["truncated"])
-        rewards = torch.tensor([row["reward"] for row in rows], device=device)      # (B,)
-        metrics = grpo_step(model, encoder, optimizer, rollout, rewards, config, all_reduce)
+        factor = min((i + 1) / max(config.warmup, 1), 1 - 0.9 * i / n_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["peak_lr"]
+        # Train.
+        what = model, encoder, optimizer, tokenizer, task, problems, prompts
+        rows = []
+        if phase == "sft":
+            metrics, rollout = supervised_step(*what, config)
+        else:
+            seed = (config.seed * 1_000_003 + i) * config.prompts + RANK * n
+            metrics, rollout, rows = sample_reward_update(*what, seed, config)
         # Measure, warn, save.
-        metrics |= step_metrics(rows)
         metrics["seconds"] = time.time() - start
-        metrics = mean_over_processes(metrics)
-        n_tokens = metrics["response_tokens"] * config.prompts * config.group_size
+        n_tokens = rollout.lengths.sum().item() * WORLD_SIZE
         metrics["tokens_per_second"] = n_tokens / metrics["seconds"]
-        K = problems[0]["K"] if config.data in TASKS else None
-        metrics = {"step": step + 1, "K": K, "lr": lr, **metrics}
-        warn_if_unhealthy(metrics, model.norm.weight.dtype)
+        metrics = {"step": step + 1, "phase": phase, "K": problems[0].get("K"),
+                   "lr": factor * config.lr, **mean_over_processes(metrics)}
+        if phase == "grpo":
+            warn_if_unhealthy(metrics, model.norm.weight.dtype)
         if RANK == 0:
             append(out / "metrics.jsonl", [metrics])
             if config.wandb:
                 wandb.log(metrics, step=step + 1)
-            if step == 0 or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                for i in range(min(n, 4)):                  # the first response to each prompt
-                    sample = {"step": step + 1, "prompt": tokenizer.decode(prompts[i])}
-                    append(out / "samples.jsonl", [sample | rows[i * config.group_size]])
+            is_last = i + 1 == n_steps                      # of its phase
+            if step == 0 or (step + 1) % config.save_every == 0 or is_last:
+                for k in range(min(n, 4) if rows else 0):   # the first response to each prompt
+                    sample = {"step": step + 1, "prompt": tokenizer.decode(prompts[k])}
+                    append(out / "samples.jsonl", [sample | rows[k * config.group_size]])
                 save_checkpoint(out, step + 1, encoder, optimizer, config)
+            if phase == "sft" and is_last and config.steps > 0:
+                save_adapter_of_sft(out, encoder, config)
         yield metrics
 
 # -------------------------------------------------------------------------------------- the script
 
 def status_line(recent):
     """One line about the last steps, a list of their metrics. Their bars are the learning curve."""
+    recent = [metrics for metrics in recent if metrics["phase"] == recent[-1]["phase"]]
+    if recent[-1]["phase"] == "sft":
+        loss = np.mean([metrics["loss"] for metrics in recent])
+        return f"step {recent[-1]['step']:4}  supervised, loss {loss:.3f} per token"
     by_K = {}
     for metrics in recent:
         by_K.setdefault(metrics["K"], []).append(metrics["accuracy"])
@@ -518,7 +593,7 @@ def status_line(recent):
 def print_table(config):
     """Tests base and adapter on new problems of each K, with the window and without."""
     out = Path(config.out)
-    task = TASKS[config.data]()
+    task = make_task(config)
     rng = np.random.default_rng([config.seed, 2])
     for name in ("table.json", "table.jsonl", "table.md"):  # from before a resume
         (out / name).unlink(missing_ok=True)
@@ -527,13 +602,16 @@ def print_table(config):
         files.append(f"{out}/{config.data}-{K}.jsonl")
         Path(files[-1]).unlink(missing_ok=True)
         append(files[-1], [task.problem(K, rng) for _ in range(config.test_problems)])
+    runs = [str(out)]
+    if (out / "sft").exists():
+        runs.insert(0, str(out / "sft"))
     windows = sorted({"0", str(config.window)})
     print(compare(evaluation_args([
-        "--runs", str(out), "--data", *files, "--window", *windows, "--json", f"{out}/table.json",
-        "--max-new-tokens", str(max(64, config.max_new_tokens)), "--batch", "500",
+        "--runs", *runs, "--data", *files, "--window", *windows, "--json", f"{out}/table.json",
+        "--max-new-tokens", str(config.max_new_tokens), "--batch", "500",
         "--grader", "builtin", "--device", config.device, "--dtype", config.dtype])))
     rows = read_json(out / "table.json")["rows"]
-    K = max(task.train_counts)
+    K = max(task.counts)
     found = [row["scores"][f"{config.data}-{K}"]["accuracy"][0] for row in rows
              if row["window"] == config.window]
     print(f"K = {K} with a window of {config.window}: {found[0]:.1%} before, {found[-1]:.1%} after")
@@ -547,11 +625,12 @@ def main():
     start = time.time()
     recent = []
     try:
-        with tqdm(total=config.steps, desc="GRPO", disable=RANK > 0, delay=1) as bar:
+        n_steps = config.sft_steps + config.steps
+        with tqdm(total=n_steps, desc="training", disable=RANK > 0, delay=1) as bar:
             for metrics in train(config):
                 bar.update(metrics["step"] - bar.n)
                 recent.append(metrics)
-                if metrics["step"] % 20 == 0 or metrics["step"] == config.steps:
+                if metrics["step"] % 20 == 0 or metrics["step"] == n_steps:
                     log(status_line(recent))
                     recent = []
         if RANK == 0 and config.model == "tiny" and config.test_problems:

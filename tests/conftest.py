@@ -16,19 +16,36 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import rollout
-from encoder import attach
+from encoder import MEMORY_ORDERS, MEMORY_UPDATES, attach
 from model import ModelConfig, Transformer, run_script
 
 torch.set_num_threads(1)
 
 EOS = (38, 39)                                      # two end tokens, the largest ids
 NEVER = 999                                         # the length of a row that never ends
-ADAPTERS = [("pte", "paper"), ("pte", "sum"), ("no-global", "paper"), ("global-only", "paper"),
-            ("lora", "paper")]                      # and update rules
 CONFIG = dict(
     model_type="qwen2", vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=8, intermediate_size=48, max_position_embeddings=256,
     rope_theta=100.0, eos_token_id=list(EOS))       # theta 100: every pair turns within 50 tokens
+
+# What the invariants are tested for, settings of `tiny_encoder`: every rule in every order, with
+# plain keys as well, and the ablations.
+KINDS = []
+for order in MEMORY_ORDERS:
+    for rule in MEMORY_UPDATES:
+        KINDS.append(dict(memory_update=rule, memory_order=order))
+PLAIN = dict(memory_update="gated", memory_order="paper", memory_keys="plain")
+DELTA = dict(memory_update="delta", memory_order="keys-match", memory_keys="plain")
+NO_GLOBAL = dict(memory_update="paper", global_tokens=0)
+GLOBAL_ONLY = dict(adapter="global-only")
+LORA = dict(adapter="lora")
+KINDS += [PLAIN, DELTA, NO_GLOBAL, GLOBAL_ONLY, LORA]
+
+def name_of(kind):
+    """How pytest names a dict of settings; None: as it likes."""
+    return " ".join(map(str, kind.values())) if isinstance(kind, dict) else None
+
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=name_of)
 
 # The rollouts of the fixture `roll`: 3 prompts, 2 responses each, 4 evictions in the longest.
 W = 4
@@ -72,15 +89,18 @@ def tiny_model(**changes):
             parameter.normal_(std=1.5 / parameter.shape[1] ** 0.5)
     return model
 
-def tiny_encoder(model, adapter="pte", memory_update="paper", memory_order="", fresh=False):
-    """Attaches an adapter, R = 4 and M = 6 (M = 4 of a LoRA), with a random A unless fresh. The
-    tests of all ADAPTERS try one memory order with one update rule, the other with the other."""
+def tiny_encoder(model, fresh=False, **kind):
+    """Attaches an adapter with R = 4 and M = 6. Unless fresh, A, gates and decays are random."""
     torch.manual_seed(1)
-    M = 4 if adapter == "lora" else 6
-    memory_order = memory_order or ("paper" if memory_update == "sum" else "keys-match")
-    encoder = attach(model, adapter, 4, M, 6.0, memory_order, memory_update)
+    settings = dict(rank=4, global_tokens=6, alpha=6.0, memory_update="paper",
+                    memory_order="keys-match", memory_keys="rotated")
+    encoder = attach(model, **settings | kind)
+    encoder.frequencies = encoder.frequencies.to(torch.get_default_dtype())
     for linear in [] if fresh else encoder.linears.values():
         torch.nn.init.normal_(linear.A, std=0.2)
+    for name, parameter in encoder.named_parameters(recurse=False):
+        if name in ("W_gate", "decay") and not fresh:
+            torch.nn.init.normal_(parameter, std=0.5)
     return encoder
 
 def tiny_prompts(*lengths):
@@ -89,11 +109,11 @@ def tiny_prompts(*lengths):
     return [torch.randint(EOS[0], (n,)).tolist() for n in lengths]
 
 class ListCache:
-    """The cache of one row as one would write it first: lists of keys and values, no slots.
-    It takes the place of a SlidingCache in `Transformer.hidden`."""
+    """The cache of one row as one would write it first, in the place of a SlidingCache."""
 
     def __init__(self, n_layers):
         self.n_tokens = 0
+        self.n_evicted = 0
         self.prompt = [None] * n_layers                     # per layer (k, v), (1, KV, P, D) each
         self.response = [[] for _ in range(n_layers)]       # per layer one (k, v) for each token
 
@@ -117,7 +137,8 @@ class ListCache:
         return torch.cat(keys, dim=2), torch.cat(values, dim=2)             # (1, KV, slots, D)
 
     def evict(self, n):
-        """Takes out the oldest n, (L, 1, n, KV*D) each; all that is cached becomes a constant."""
+        """Takes out the oldest n, (L, 1, n, KV*D) each, and their positions (1, n). All that is
+        cached becomes a constant."""
         self.prompt = [(k.detach(), v.detach()) for k, v in self.prompt]
         keys = []
         values = []
@@ -126,22 +147,30 @@ class ListCache:
             self.response[layer] = pairs[n:]
             keys.append(torch.cat([k.flatten(1) for k, v in pairs[:n]]))    # (n, KV*D)
             values.append(torch.cat([v.flatten(1) for k, v in pairs[:n]]))
-        return torch.stack(keys)[:, None], torch.stack(values)[:, None]     # (L, 1, n, KV*D)
+        first = self.prompt[0][0].shape[2] + self.n_evicted
+        self.n_evicted += n
+        positions = torch.arange(first, first + n)[None]                    # (1, n)
+        return torch.stack(keys)[:, None], torch.stack(values)[:, None], positions
 
-def logits_by_hand(model, encoder, prompt, tokens, window, evict_size, truncate=False):
+def logits_by_hand(model, encoder, prompt, tokens, window, evict_size, truncate=False,
+                   changes=None):
     """The logits (T, vocab) from which one row draws its tokens (a list of T ids), with nothing of
-    cache.py, rollout.py and grpo.py: one row, one token at a time, one graph, lists."""
+    cache.py, rollout.py and grpo.py: one row, one token at a time, one graph, lists.
+
+    changes: a list that gets (memory before, what was written, memory after) of each eviction."""
     cache = ListCache(model.config.n_layers)
     memory = encoder and encoder.initial_memory()
     S = encoder and encoder.state(memory)
     logits = [model(torch.tensor([prompt]), cache, S)[0, -1]]
     for token in tokens[:-1]:
         if window and len(cache.response[0]) == window:     # one more is to be written: some leave
-            K_e, V_e = cache.evict(evict_size)
+            K_e, V_e, positions = cache.evict(evict_size)
             if encoder:
-                memory = memory.detach() if truncate else memory
-                memory = encoder.update(memory, K_e, V_e)
+                before = memory.detach() if truncate else memory
+                memory, write = encoder.update(before, K_e, V_e, positions)
                 S = encoder.state(memory)
+                if changes is not None:
+                    changes.append((before, write, memory))
         logits.append(model(torch.tensor([[token]]), cache, S)[0, -1])
     return torch.stack(logits)
 
@@ -182,9 +211,9 @@ def ends_at(monkeypatch):
 @pytest.fixture
 def roll(ends_at):
     """roll(): a model, its encoder and a Rollout of 6 rows that end in different ways (ENDS)."""
-    def make(adapter="pte", memory_update="paper", temperature=1.0):
+    def make(temperature=1.0, **kind):
         model = tiny_model()
-        encoder = tiny_encoder(model, adapter, memory_update)
+        encoder = tiny_encoder(model, **kind)
         ends_at(ENDS)
         r = rollout.generate(model, encoder, tiny_prompts(*PROMPTS), 2, max_new_tokens=T, window=W,
                              evict_ratio=E / W, temperature=temperature)

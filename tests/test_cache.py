@@ -44,9 +44,11 @@ def test_ring_equals_a_list_that_pops_its_oldest(W, E, by_segment):
     for size in [W] + [E] * 8:
         if n > 0:
             assert cache.is_full
-            K_e, V_e = cache.evict()                                            # (L, B, E, KV*D)
+            K_e, V_e, positions = cache.evict()                                 # (L, B, E, KV*D)
             leaving = torch.cat(kept[:E], dim=2).transpose(1, 2).flatten(2)     # (B, E, KV*D)
             assert torch.equal(V_e, -K_e)
+            left = torch.arange(n - len(kept), n - len(kept) + E)               # response tokens
+            assert torch.equal(positions, LENGTHS[:, None] + left)
             for layer in range(L):
                 assert torch.equal(K_e[layer], leaving + 100 * layer)
             kept = kept[E:]
@@ -63,22 +65,11 @@ def test_ring_equals_a_list_that_pops_its_oldest(W, E, by_segment):
                     wanted = torch.cat([prompt[b, :, :LENGTHS[b]], *[k[b] for k in kept]], dim=1)
                     assert torch.equal(seen.sort(dim=1).values, wanted.sort(dim=1).values)
 
-def test_rows_that_go_on_see_what_they_saw_before():
-    cache, prompt = filled_cache(4, 2)
-    k = torch.randn(B, KV, 3, D)
-    write(cache, k)
-    cache.select_rows(torch.tensor([2, 0]))
-    keys = write(cache, torch.zeros(2, KV, 1, D))
-    assert cache.positions().tolist() == [[3 + 3], [2 + 3]]
-    for row, b in enumerate([2, 0]):
-        wanted = torch.cat([prompt[b, :, :LENGTHS[b]], k[b], torch.zeros(KV, 1, D)], dim=1)
-        assert torch.equal(keys[row][:, cache.mask()[row, 0, 0]], wanted)
-
 def test_what_has_left_is_a_constant():
     """Its slots are written over; the encoder must not see that, nor send a gradient there."""
     cache, _ = filled_cache(4, 2)
     write(cache, torch.randn(B, KV, 4, D, requires_grad=True))
-    K_e, V_e = cache.evict()
+    K_e, V_e, _ = cache.evict()
     before = K_e.clone()
     assert all(x.requires_grad for x in cache.keys + cache.values)
     cache.detach()

@@ -1,7 +1,7 @@
 """evaluate.py: scores against brute force, problem files, arms, the table, and resuming.
 
-The models are as good as random: where a score has to be more than 0, a text is right if the sum
-of its characters is even (`coin`). How answers are compared: test_answers.py.
+The models are as good as random: where a score has to be more than 0, a sum of the characters
+decides what a text has answered, and how well (`coin`). How answers are compared: test_answers.py.
 """
 import json
 from itertools import combinations, permutations
@@ -15,9 +15,9 @@ import pytest
 import evaluate
 from conftest import CONFIG, tiny_encoder, tiny_model
 from encoder import save_adapter
-from evaluate import (BENCHMARKS, ProblemFile, append, evaluation_args, find_arms, grade, interval,
-                      load_problems, load_set, majority, open_locked, pass_at_k, problem_ids,
-                      problem_scores)
+from evaluate import (BENCHMARKS, ProblemFile, append, evaluation_args, evictions_survived,
+                      find_arms, grade, interval, load_problems, load_set, majority, open_locked,
+                      pass_at_k, problem_ids, problem_scores)
 from model import UserError, read_safetensors, write_json, write_safetensors
 
 DIGITS = ["527184=", "12=", "903341,527184=", "7=", "4455=", "12="]
@@ -27,7 +27,8 @@ def data(tmp_path_factory):
     """Two files of problems, six.jsonl and aime24.jsonl; the second one has a k of its own."""
     folder = tmp_path_factory.mktemp("data")
     for name, texts in (("six", DIGITS), ("aime24", DIGITS[:2])):
-        rows = [json.dumps({"problem": text, "answer": 3}) for text in texts]
+        more = {"parts": [0, 5]} if name == "six" else {}       # the tokens that hold the parts
+        rows = [json.dumps({"problem": text, "answer": "00", **more}) for text in texts]
         (folder / f"{name}.jsonl").write_text("\n".join(rows))
     return folder
 
@@ -36,8 +37,9 @@ def trained(tmp_path_factory):
     """The folder of a run of a random model, with 40 tokens: 38 characters and two end tokens."""
     run = tmp_path_factory.mktemp("run")
     config = {"model": "tiny", "adapter": "pte", "memory_order": "keys-match", "rank": 4,
-              "memory_update": "paper", "alpha": 6.0, "global_tokens": 6, "window": 8,
-              "evict_ratio": 0.5, "max_new_tokens": 24, "seed": 0}
+              "memory_update": "delta", "memory_keys": "rotated", "alpha": 6.0,
+              "global_tokens": 6, "window": 8, "evict_ratio": 0.5, "max_new_tokens": 24,
+              "seed": 0, "sft_steps": 0, "steps": 3}
     model = tiny_model()
     base = run / "base"
     base.mkdir()
@@ -51,13 +53,14 @@ def trained(tmp_path_factory):
         "added_tokens": ends, "pre_tokenizer": byte_level, "decoder": byte_level,
         "model": {"type": "BPE", "vocab": vocab, "merges": []}})
     write_json(run / "config.json", config)
-    save_adapter(run, tiny_encoder(model), config)
+    save_adapter(run, tiny_encoder(model, memory_update="delta"), config)
     return run
 
 @pytest.fixture
 def coin(monkeypatch):
     def grade(problem, text, grader):
-        return text, sum(map(ord, text)) % 2 == 0
+        n = sum(map(ord, text))
+        return f"{n % 2}{n % 3}" + "0" * (n % 5 == 0), n % 2 == 0
     monkeypatch.setattr(evaluate, "grade", grade)
 
 def variant(run, to, **changes):
@@ -89,7 +92,7 @@ def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_sample():
 
 def said(*predictions):
     return [{"prediction": p, "correct": p in ("1/2", "0.5", r"\frac12"), "truncated": p is None,
-             "tokens": 10 * i, "evictions": i} for i, p in enumerate(predictions)]
+             "tokens": 10 * i, "evictions": i, "cache_mb": 2.5} for i, p in enumerate(predictions)]
 
 def test_the_most_frequent_value_wins_in_any_order_and_spelling():
     for predictions, point in [
@@ -103,8 +106,20 @@ def test_the_most_frequent_value_wins_in_any_order_and_spelling():
 def test_scores_of_one_problem():
     got = problem_scores(said("3", "1/2", "3", None, "0.5"), 3)
     assert got == pytest.approx({"accuracy": 2 / 5, "pass@3": 1 - 1 / 10, "maj@3": 0,
-                                 "truncated": 1 / 5, "tokens": 20, "evictions": 2})
+                                 "truncated": 1 / 5, "tokens": 20, "evictions": 2, "cache_mb": 2.5})
     assert "pass@1" not in problem_scores(said("3"), 1)
+
+def test_evictions_are_counted_from_the_one_that_takes_the_token():
+    for window, size in [(8, 2), (4, 4), (3, 1), (0, 0)]:
+        counts = [0] * 40                                       # for each of the tokens so far
+        cached = []
+        for now in range(40):
+            found = [evictions_survived(token, now, window, size) for token in range(now)]
+            assert found == counts[:now]
+            if window and len(cached) == window:                # room is made for token `now`
+                cached = cached[size:]
+                counts = [n + (i not in cached and i < now) for i, n in enumerate(counts)]
+            cached.append(now)
 
 def test_the_interval_covers_a_known_mean():
     """200 data sets of 60 problems at 30 %: about 95 in 100 intervals hold 30 %."""
@@ -135,20 +150,14 @@ def test_a_problem_file(tmp_path):
     path = tmp_path / "x.jsonl"
     for row, problem, answer in [
             ({"problem": "1+1", "answer": 2}, "1+1", "2"),
-            ({"question": "?", "answer": 0}, "?", "0"),
+            ({"question": "?", "answer": 0, "tolerance": 0.1}, "?", "0"),
             ({"prompt": "?", "answer": "48/2 = 24\n#### 72"}, "?", "72"),
             ({"prompt": "?", "answer": r"\boxed{\frac{1}{2}}"}, "?", r"\frac{1}{2}"),
             ({"question": "?", "final_answer": ["$2$", r"$\sqrt{3}$"]}, "?", r"2, \sqrt{3}")]:
         path.write_text("\ufeff" + json.dumps(row) + "\n\n", encoding="utf-8")
         found, = load_problems(path)
-        assert (found["problem"], found["answer"], found["tolerance"]) == (problem, answer, 0)
-
-def test_a_problem_may_bring_its_own_tolerance(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_text('{"problem": "?", "answer": 5, "tolerance": 0.1}')
-    problem, = load_problems(path)
-    assert grade(problem, r"\boxed{5.4}", "builtin")[1]
-    assert not grade(problem, r"\boxed{5.6}", "builtin")[1]
+        found = found["problem"], found["answer"], found["tolerance"]
+        assert found == (problem, answer, row.get("tolerance", 0))
 
 @pytest.mark.parametrize("text, words", [
     ("", "holds no problems"), ("{}\n", "line 1 JSON"), ("\n[1]", "line 2 JSON"),
@@ -212,10 +221,15 @@ def test_arms_have_names(trained, tmp_path):
     full = variant(trained, tmp_path / "full", adapter="lora", window=0)
     lora_c = variant(trained, tmp_path / "lora_c", adapter="lora")
     other = variant(trained, tmp_path / "other", adapter="global-only")
-    plain_sum = variant(trained, tmp_path / "sum", memory_update="sum", memory_order="paper")
-    arms = find_arms(str(trained / "base"), [pte, again, full, lora_c, other, plain_sum])
+    sums = variant(trained, tmp_path / "sum", memory_update="sum", memory_order="paper")
+    empty = variant(trained, tmp_path / "empty", global_tokens=0, memory_keys="plain")
+    taught = variant(trained, tmp_path / "taught", sft_steps=2, steps=0)
+    both = variant(trained, tmp_path / "both", sft_steps=2)
+    runs = [pte, again, full, lora_c, other, sums, empty, taught, both]
+    arms = find_arms(str(trained / "base"), runs)
     assert [name for name, _ in arms.values()] == [
-        "no training", "PTE", "PTE", "LoRA", "LoRA_c", "global-only", "PTE, paper's order, sum"]
+        "no training", "PTE", "PTE", "LoRA", "LoRA_c", "global-only",
+        "PTE, paper's order, sum update", "no-global, plain keys", "PTE, SFT", "PTE, SFT and GRPO"]
     assert [name for name, _ in find_arms("", [pte]).values()] == ["no training", "PTE"]
     narrow = variant(trained, tmp_path / "narrow", window=4)
     with pytest.raises(UserError, match="differ in window"):    # no seeds of one arm
@@ -238,7 +252,7 @@ def test_every_number_of_the_table_is_that_of_the_records(table):
     saved, text, (first, *records) = table
     assert saved["grader"] == "builtin" and first == saved["settings"]
     for row in saved["rows"]:
-        assert [*row] == "arm window models scores cache_mb memory_mb average".split()
+        assert [*row] == "arm window models scores cache_mb memory_mb average by_evictions".split()
         mine = [r for r in records if (r["arm"], r["window"]) == (row["arm"], row["window"])]
         assert len(mine) == len(row["models"]) * 3 * 8
         means = []
@@ -246,6 +260,13 @@ def test_every_number_of_the_table_is_that_of_the_records(table):
             right = np.array([r["correct"] for r in mine if r["data"] == name])
             assert row["scores"][name]["accuracy"][0] == pytest.approx(right.mean())
             means.append(row["scores"][name][score][0])
+        for r in mine:
+            parts = [x == "0" and len(r["prediction"]) == 2 for x in r["prediction"][:2]]
+            assert r.get("parts", parts) == parts and ("parts" in r) == (r["data"] == "six")
+        parts = np.array([r["parts"] for r in mine if "parts" in r])            # (n, 2)
+        found = [row["scores"]["six"][name][0] for name in ("sums", "sum-1", "sum-2")]
+        assert found == pytest.approx([parts.mean(), *parts.mean(axis=0)])
+        assert "sums" not in row["scores"]["aime24"] and 0 < parts.mean() < 1
         assert row["average"][0] == pytest.approx(np.mean(means))
         assert row["cache_mb"] == max(r["cache_mb"] for r in mine)
         shown = "{:.1f} ({:.1f}-{:.1f})".format(*[100 * x for x in row["average"]])

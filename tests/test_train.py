@@ -9,6 +9,7 @@ from pathlib import Path
 from shutil import copytree
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,22 +23,26 @@ from train import Config, load_run
 TINY = dict(prompts=2, group_size=4, window=8, evict_ratio=0.5, max_new_tokens=20, base_steps=2,
             steps=3, save_every=2, test_problems=0, device="cpu")
 CLOCK = ("seconds", "tokens_per_second", "peak_memory_mb")
-FIELDS = {*CLOCK, "step", "K", "lr", "reward", "accuracy", "answer_found", "response_tokens",
-          "loss", "truncated", "spread", "evictions", "kl", "grad_norm", "logp_gap",
-          "ratio_clipped", "skipped"}
+BOTH = {"step", "phase", "K", "lr", "seconds", "tokens_per_second", "loss", "grad_norm", "skipped",
+        "grad_norm_encoder", "grad_norm_linears", "memory_write", "memory_cosine"}
+FIELDS = BOTH | {"reward", "accuracy", "answer_found", "response_tokens", "truncated", "spread",
+                 "evictions", "kl", "logp_gap", "ratio_clipped", "peak_memory_mb"}
+REWARD = train.Tally.reward
 IDS = torch.tensor([[5, 2, 7, 1, 11, 3, 0, 9, 12, 13, 4, 4]])
 
 class Largest(train.Tally):
     """Another task: the larger of two digits."""
+    name = "largest"
     counts = (2,)
 
     def problem(self, K, rng):
         digits = rng.integers(0, 10, K).tolist()
         question = "".join(map(str, digits)) + "="
-        return {"problem": question, "answer": str(max(digits)), "exact": True, "K": K}
+        answer = str(max(digits))
+        return {"problem": question, "walks": [""], "answer": answer, "exact": True, "K": K}
 
     def gold(self, problem):
-        return ["Answer:" + problem["answer"]]
+        return "Answer:" + problem["answer"]
 
 def run(**changes):
     """train.py with tiny settings -> exit code, stdout, stderr."""
@@ -54,7 +59,7 @@ def result(folder):
     metrics = lines(f"{folder}/metrics.jsonl")
     for line in metrics:
         for name in CLOCK:
-            del line[name]
+            line.pop(name, None)
     adapter = Path(folder, "adapter.safetensors").read_bytes()
     return metrics, lines(f"{folder}/samples.jsonl"), adapter
 
@@ -115,31 +120,12 @@ def test_another_task_is_a_class_and_what_it_teaches_makes_the_base(monkeypatch)
     for folder in ("a", "b", "c"):
         steps = 1 if folder == "a" else 2
         if folder == "c":
-            monkeypatch.setattr(Largest, "gold", lambda self, problem: ["Answer:0"])
+            monkeypatch.setattr(Largest, "gold", lambda self, problem: "Answer:0")
         code, out, _ = run(data="largest", out=folder, steps=1, base_steps=steps, test_problems=1)
         assert code == 0 and "| largest-2 | average" in out
         assert len(lines(f"{folder}/samples.jsonl")[0]["prompt"]) == 3
         bases.append(Path(folder, "base/model.safetensors").read_bytes())
     assert len(set(bases)) == 3
-
-def test_a_notebook_stops_and_a_script_goes_on_as_if_nothing_had_happened():
-    for metrics in train.train(Config(**TINY, out="half")):
-        if metrics["step"] == 2:
-            break
-    with open("half/metrics.jsonl", "a") as file:
-        file.write('{"step": 3, "rew')                          # killed before its checkpoint
-    assert torch.load("half/checkpoint.pt")["step"] == 2
-    assert call(train, "--resume", "half")[0] == 0
-    assert result("half") == result("run")
-    assert call(train, "--resume", "half", "--steps", 4)[0] == 0
-    assert result("half")[0][:3] == result("run")[0] and len(result("half")[0]) == 4
-
-def test_load_run_gives_model_encoder_tokenizer_and_config():
-    model, encoder, tokenizer, config = load_run("run")
-    for name, tensor in read_safetensors("run/adapter.safetensors").items():
-        assert torch.equal(encoder.tensors()[name], tensor)
-    assert tokenizer.decode(tokenizer.encode("12=Answer:7")) == "12=Answer:7"
-    assert config["window"] == 8 and model.config.dim == 96
 
 def test_the_preset_follows_the_model():
     assert (Config().preset, Config().window, Config().lr) == ("tiny", 16, 1e-3)
@@ -149,11 +135,12 @@ def test_the_preset_follows_the_model():
     with pytest.raises(TypeError, match="windw"):
         Config(windw=8)
 
-def test_a_step_without_any_spread_says_why(monkeypatch):
-    monkeypatch.setattr(train.Tally, "reward", lambda *_: 0.0)
-    _, _, err = run(steps=1, out="equal")
+def test_a_step_without_any_spread_says_why():
+    """No answer is right, and only a right one is rewarded."""
+    _, _, err = run(steps=1, out="equal", reward="exact")
     metrics = lines("equal/metrics.jsonl")[0]
-    assert metrics["spread"] == 0 and "step 1: all rewards of each group are equal" in err
+    assert metrics["reward"] == metrics["accuracy"] == metrics["spread"] == 0
+    assert "step 1: all rewards of each group are equal" in err
     assert f"{metrics['truncated']:.0%} were cut off" in err
     assert f"found in {metrics['answer_found']:.0%} of the responses" in err
 
@@ -181,22 +168,19 @@ def test_a_step_in_which_hardly_an_answer_is_found_says_so(monkeypatch):
     assert "an answer was found in 0% of the responses" in run(steps=1, out="mute")[2]
 
 def test_rollouts_at_another_temperature_and_a_few_at_a_time():
-    """The log-probs are those at the temperature; how many rows decode together plays no role."""
-    run(out="cool", temperature=0.6)
-    run(out="cool-2", temperature=0.6, rollout_batch=5)
-    cool = lines("cool/metrics.jsonl")
-    assert all(metrics["logp_gap"] < 1e-4 for metrics in cool)
-    assert cool[0]["response_tokens"] != lines("run/metrics.jsonl")[0]["response_tokens"]
-    for one, other in zip(cool, lines("cool-2/metrics.jsonl")):
-        assert one["reward"] == other["reward"]
-        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    """The log-probs are those at the temperature."""
+    run(out="cool", temperature=0.6, rollout_batch=5, steps=1)
+    cool, = lines("cool/metrics.jsonl")
+    assert cool["logp_gap"] < 1e-4
+    assert cool["response_tokens"] != lines("run/metrics.jsonl")[0]["response_tokens"]
 
 @pytest.fixture(scope="module")
 def moved(printed):
     """`far/real`, a run with a model folder and a file of problems that were moved afterwards."""
     copytree("run/base", "model")
-    Path("six.jsonl").write_text('{"problem": "12", "answer": 3}\n{"problem": "13", "answer": 4}')
-    code, _, err = run(model="model", data="six.jsonl", out="real", window=8, steps=2)
+    rows = [{"problem": f"1{i}", "answer": 3, "solution": f"1{i}Answer:3"} for i in range(2)]
+    Path("six.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, _, err = run(model="model", data="six.jsonl", out="real", sft_steps=1, steps=2)
     assert code == 0, err
     Path("far").mkdir()
     for name in ("real", "model", "six.jsonl"):
@@ -222,20 +206,53 @@ def test_a_run_does_not_go_on_with_another_model_or_other_problems(moved):
     assert call(rollout, "--run", "far/real", "--model", "seed/base", "--prompt", "12")[0] == 2
     assert Path("far/real/config.json").read_bytes() == before
 
-def test_a_notebook_goes_on_with_a_run_under_its_settings():
-    for metrics in train.train(Config(**TINY, out="stop")):
-        if metrics["step"] == 2:
-            break
+def test_supervised_steps_come_first_and_a_run_goes_on_after_any_of_them():
+    """RUN/sft, the adapter after them, is a run as well. Here the memory starts as zero."""
+    settings = dict(sft_steps=2, steps=2, save_every=1, warmup=4, lr=1e-3, encoder_lr=3e-3,
+                    global_tokens=0, memory_update="delta", memory_keys="plain")
+    assert run(out="taught", **settings | dict(test_problems=1))[0] == 0
+    metrics = lines("taught/metrics.jsonl")
+    assert [line["phase"] for line in metrics] == ["sft", "sft", "grpo", "grpo"]
+    assert [line.keys() for line in metrics] == [BOTH, BOTH, FIELDS, FIELDS]
+    assert [line["lr"] for line in metrics] == pytest.approx([2.5e-4, 5e-4, 2.5e-4, 5e-4])
+    groups = torch.load("taught/checkpoint.pt")["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([5e-4, 15e-4])
+    arms = [row["arm"] for row in json.loads(Path("taught/table.json").read_text())["rows"]]
+    assert [arm.split("keys, ")[-1] for arm in arms[::2]] == ["no training", "SFT", "SFT and GRPO"]
+    for n in (1, 2):
+        for step in train.train(Config(**TINY | settings, out=f"stop-{n}")):
+            if step["step"] == n:
+                break
+        with open(f"stop-{n}/metrics.jsonl", "a") as file:
+            file.write('{"step": 3, "rew')                      # killed before its checkpoint
+        adapter = read_safetensors(f"stop-{n}/adapter.safetensors")
     with pytest.raises(UserError, match="cannot change.*resume_config"):
-        list(train.train(Config(resume="stop", steps=3)))       # else with the window of a preset
-    list(train.train(train.resume_config("stop", device="cpu")))
-    assert result("stop") == result("run")
+        list(train.train(Config(resume="stop-1", steps=3)))     # else with the window of a preset
+    list(train.train(train.resume_config("stop-1", device="cpu")))
+    assert call(train, "--resume", "stop-2")[0] == 0
+    assert result("stop-1") == result("stop-2") == result("taught")
+    assert call(train, "--resume", "stop-2", "--steps", 3)[0] == 0
+    assert result("stop-2")[0][:4] == result("taught")[0] and len(result("stop-2")[0]) == 5
+    _, encoder, tokenizer, config = load_run("taught/sft")
+    assert not encoder.initial_memory().any()
+    for name, tensor in adapter.items():                        # as it was after two steps
+        assert torch.equal(encoder.tensors()[name], tensor)
+    assert tokenizer.decode(tokenizer.encode("12=Answer:7")) == "12=Answer:7"
+    assert (config["steps"], config["window"]) == (0, 8)
 
-def test_logs_that_have_lost_lines_are_refused():
-    copytree("run", "cut")
-    Path("cut/metrics.jsonl").write_text("")
-    code, _, err = call(train, "--resume", "cut", "--steps", 4)
-    assert code == 2 and "metrics.jsonl has lost lines" in err
+@pytest.mark.parametrize("world", ["tiny", "long"])
+def test_a_world_asks_for_more_and_more_and_has_room_for_the_longest_response(world):
+    config = Config(world=world)
+    task = train.TASKS[config.data]()
+    asked = [task.batch(step, 1, 0)[0]["K"] for step in range(config.steps)]
+    assert max(asked[:8]) == 2 and max(asked[-8:]) == max(asked) == max(task.counts)
+    longest = task.gold(task.problem(max(task.counts), np.random.default_rng(0)))
+    assert len(longest.replace("Answer:", "A")) + 1 <= config.max_new_tokens
+
+def test_the_reward_is_the_share_of_right_sums():
+    for text, ended, reward in [("Answer:275", True, 1), ("Answer:285", True, 2 / 3), ("", True, 0),
+                                ("Answer:27", True, 0), ("Answer:275", False, 0)]:
+        assert REWARD(train.Tally(), {"answer": "275"}, text, 9, ended) == reward
 
 def test_a_notebook_may_give_whole_numbers_and_no_strange_ones():
     assert Config(alpha=16).alpha == 16.0 and type(Config(alpha=16).alpha) is float
@@ -251,20 +268,16 @@ def test_a_run_is_written_by_one_process_at_a_time():
         assert code == 2 and "another process is writing" in err
     assert len(lines("run/metrics.jsonl")) == 3
 
-def test_ctrl_c_says_how_to_go_on(monkeypatch):
+@pytest.mark.parametrize("error, code, words", [
+    (KeyboardInterrupt, 130, "python train.py --resume"),
+    (torch.OutOfMemoryError, 2, "out of memory: lower --rollout-batch, --micro-batch (of "
+     "evaluate.py: --batch), --max-new-tokens or --window\n")])
+def test_a_run_that_ends_early_says_how_to_go_on(error, code, words, monkeypatch):
     def generate(*_, **__):
-        raise KeyboardInterrupt
+        raise error
     monkeypatch.setattr(train, "generate_in_parts", generate)
-    code, _, err = run(out="stopped")
-    assert code == 130 and "python train.py --resume stopped" in err
-
-def test_out_of_memory_names_the_flags_to_lower(monkeypatch):
-    def generate(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(train, "generate_in_parts", generate)
-    code, _, err = run(out="large")
-    assert code == 2 and err.endswith("out of memory: lower --rollout-batch, --micro-batch (of "
-                                      "evaluate.py: --batch), --max-new-tokens or --window\n")
+    found, _, err = run(out=f"early-{code}")
+    assert found == code and words in err
 
 def test_wandb_gets_what_metrics_jsonl_gets(monkeypatch):
     logged = []
@@ -315,6 +328,7 @@ MISTAKES = [                                # script, its command line, words of
     (train, "--resume run --window 4", "--window run 8"),
     (train, "--resume run --adapter lora", "--adapter run pte"),
     (train, "--resume broken", "broken/checkpoint.pt: damaged"),
+    (train, "--resume cut --steps 4", "metrics.jsonl has lost lines"),
     (train, "--merge run --out new", "run --adapter pte"),
     (train, "--merge lora", "lora --out DIR"),
     (train, "--model run/base", "run/base tally JSONL"),
@@ -325,6 +339,7 @@ MISTAKES = [                                # script, its command line, words of
     (train, FILE + "empty.jsonl", "empty.jsonl no problems"),
     (train, FILE + "cut.jsonl", "cut.jsonl, line 1 'problem' 'answer'"),
     (train, FILE + "letters.jsonl", "letters.jsonl, line 1 empty"),
+    (train, FILE + "unsolved.jsonl --sft-steps 2", "unsolved.jsonl, line 2 'solution' --sft-steps"),
     (train, FILE + "long.jsonl", "long.jsonl, line 2 5000 --max-new-tokens"),
     (train, "--out new --template-args {", "--template-args JSON"),
     (rollout, ASK, "--model --run"),
@@ -339,6 +354,8 @@ MISTAKES = [                                # script, its command line, words of
 def damaged(lora):
     """Damaged copies of the run and of its base; files of problems that cannot be used."""
     copytree("run", "broken")
+    copytree("run", "cut")
+    Path("cut/metrics.jsonl").write_text("")
     copytree("run/base", "short")
     copytree("run/base", "gpt2")
     for path in (Path("broken/checkpoint.pt"), Path("short/model.safetensors")):
@@ -348,11 +365,13 @@ def damaged(lora):
     texts = {"empty": "\n", "cut": '{"problem": "12', "letters": '{"problem": "abc", "answer": 1}'}
     rows = [{"problem": "1" * n, "answer": 1} for n in (1, 5000)]
     texts["long"] = "\n".join(map(json.dumps, rows))
+    rows = [{"problem": "1", "answer": 1, "solution": "1"}, {"problem": "1", "answer": 1}]
+    texts["unsolved"] = "\n".join(map(json.dumps, rows))
     for name, text in texts.items():
         Path(f"{name}.jsonl").write_text(text)
 
 def listing():
-    return {path: path.is_file() and path.read_bytes() for path in Path().rglob("*")}
+    return {path: path.stat().st_mtime_ns for path in Path().rglob("*")}    # of the last change
 
 @pytest.mark.parametrize("script, line, words", MISTAKES, ids=lambda x: getattr(x, "__name__", x))
 def test_a_mistake_is_answered_in_one_line(script, line, words, damaged, monkeypatch):
