@@ -143,6 +143,7 @@ class ThoughtEncoder(nn.Module):
         self.W_V = nn.Parameter(torch.randn(L, width, R) / width ** 0.5)
         if memory_update in ("gated", "delta"):
             self.W_gate = nn.Parameter(torch.zeros(L, 2 * width, 1))        # gate = 1/2
+        if memory_update == "gated":
             self.decay = nn.Parameter(torch.full((L, 1, R, 1), 4.0))        # sigmoid: 0.98
 
     def initial_memory(self):
@@ -235,7 +236,7 @@ def read_config(run):
     """The settings of a run as train.py wrote them, a dict. Raises UserError."""
     config = read_json(Path(run) / "config.json")
     expected = {"model": str, "rank": int, "alpha": float, "global_tokens": int, "window": int,
-                "evict_ratio": float, "max_new_tokens": int}
+                "evict_ratio": float, "max_new_tokens": int, "sft_steps": int, "steps": int}
     choices = {"adapter": ADAPTERS, "memory_order": MEMORY_ORDERS, "memory_keys": MEMORY_KEYS,
                "memory_update": MEMORY_UPDATES}
     fits = {name: type(config.get(name)) for name in expected} == expected

@@ -438,7 +438,7 @@ def find_arms(model, runs):
         lora = "LoRA_c" if config["window"] else "LoRA"
         name = {"pte": "PTE", "lora": lora}.get(config["adapter"], config["adapter"])
         if config["adapter"] == "pte":                          # what is not the default
-            name = "no-global" if config["global_tokens"] == 0 else name
+            name = "PTE, no global tokens" if config["global_tokens"] == 0 else name
             name += ", paper's order" if config["memory_order"] == "paper" else ""
             update = config["memory_update"]
             name += f", {update} update" if update != "delta" else ""

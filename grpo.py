@@ -319,7 +319,7 @@ def sft_step(model, encoder, optimizer, rollout, config, all_reduce=lambda tenso
     all_reduce(n_tokens)
     zero_gradients(encoder)
     sums = torch.zeros(4, device=n_tokens.device)
-    for rows in micro_batches(rollout, torch.ones(len(rollout.lengths)), config.micro_batch):
+    for rows in micro_batches(rollout, torch.ones_like(rollout.lengths), config.micro_batch):
         def token_loss(logps, columns):
             mask = response_mask(rollout, rows, columns)                        # (b, t)
             loss = -(logps * mask).sum() / n_tokens

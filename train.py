@@ -384,11 +384,16 @@ def load_checkpoint(out, encoder, optimizer):
 
 def warn_if_unhealthy(metrics, dtype):
     """Says on stderr what is wrong with a step, if anything, and what to do."""
+    skipped = "the gradient is not finite, no update; if that goes on, lower --lr"
+    if metrics["phase"] == "sft":
+        if metrics["skipped"]:
+            log(f"step {metrics['step']}: {skipped}")
+        return
     found = (f"an answer was found in {metrics['answer_found']:.0%} of the responses, "
              f"{metrics['truncated']:.0%} were cut off at --max-new-tokens; see samples.jsonl")
     largest_gap = 1e-3 if dtype == torch.float32 else 0.5
     checks = [
-        (metrics["skipped"], "the gradient is not finite, no update; if that goes on, lower --lr"),
+        (metrics["skipped"], skipped),
         (not metrics["logp_gap"] <= largest_gap,
          f"logp_gap {metrics['logp_gap']:.2g} is more than rounding. The replay does not see what "
          "the rollout saw (does an eviction rule or the encoder draw random numbers of its own?), "
@@ -485,7 +490,8 @@ def open_run(config, task, device):
 
 def supervised_step(model, encoder, optimizer, tokenizer, task, problems, prompts, config):
     """One step on the worked examples of the problems -> metrics, Rollout of the examples."""
-    ids = [tokenizer.encode(task.gold(problem)) + [tokenizer.eos_id] for problem in problems]
+    end = model.config.eos_ids[:1] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    ids = [tokenizer.encode(task.gold(problem)) + end for problem in problems]
     rollout = given_responses(prompts, ids, config.window, config.evict_ratio,
                               model.embedding.weight.device)
     return sft_step(model, encoder, optimizer, rollout, config, all_reduce), rollout
@@ -553,8 +559,7 @@ def train(config):
         metrics["tokens_per_second"] = n_tokens / metrics["seconds"]
         metrics = {"step": step + 1, "phase": phase, "K": problems[0].get("K"),
                    "lr": factor * config.lr, **mean_over_processes(metrics)}
-        if phase == "grpo":
-            warn_if_unhealthy(metrics, model.norm.weight.dtype)
+        warn_if_unhealthy(metrics, model.norm.weight.dtype)
         if RANK == 0:
             append(out / "metrics.jsonl", [metrics])
             if config.wandb:
@@ -564,9 +569,9 @@ def train(config):
                 for k in range(min(n, 4) if rows else 0):   # the first response to each prompt
                     sample = {"step": step + 1, "prompt": tokenizer.decode(prompts[k])}
                     append(out / "samples.jsonl", [sample | rows[k * config.group_size]])
+                if phase == "sft" and is_last:              # before the checkpoint, or a run that
+                    save_adapter_of_sft(out, encoder, config)       # is killed here would lose it
                 save_checkpoint(out, step + 1, encoder, optimizer, config)
-            if phase == "sft" and is_last and config.steps > 0:
-                save_adapter_of_sft(out, encoder, config)
         yield metrics
 
 # -------------------------------------------------------------------------------------- the script
@@ -603,7 +608,7 @@ def print_table(config):
         Path(files[-1]).unlink(missing_ok=True)
         append(files[-1], [task.problem(K, rng) for _ in range(config.test_problems)])
     runs = [str(out)]
-    if (out / "sft").exists():
+    if (out / "sft").exists() and config.steps > 0:
         runs.insert(0, str(out / "sft"))
     windows = sorted({"0", str(config.window)})
     print(compare(evaluation_args([

@@ -229,7 +229,7 @@ def test_arms_have_names(trained, tmp_path):
     arms = find_arms(str(trained / "base"), runs)
     assert [name for name, _ in arms.values()] == [
         "no training", "PTE", "PTE", "LoRA", "LoRA_c", "global-only",
-        "PTE, paper's order, sum update", "no-global, plain keys", "PTE, SFT", "PTE, SFT and GRPO"]
+        "PTE, paper's order, sum update", "PTE, no global tokens, plain keys", "PTE, SFT", "PTE, SFT and GRPO"]
     assert [name for name, _ in find_arms("", [pte]).values()] == ["no training", "PTE"]
     narrow = variant(trained, tmp_path / "narrow", window=4)
     with pytest.raises(UserError, match="differ in window"):    # no seeds of one arm
