@@ -368,3 +368,19 @@ def test_mistakes_are_refused(trained, data, tmp_path, monkeypatch, settings, wo
     with pytest.raises(UserError) as refusal:
         compare(**(SMALL | dict(runs=[trained], data=[data / "six.jsonl"]) | settings))
     assert all(word in str(refusal.value) for word in words.split())
+
+def test_curves_are_means_over_runs_and_bins_of_20_steps(tmp_path):
+    arms = {}
+    for seed, accuracy in enumerate((0.2, 0.6)):
+        run = tmp_path / str(seed)
+        run.mkdir()
+        rows = [{"step": step, "K": 2, "accuracy": accuracy} for step in range(1, 41)]
+        append(run / "metrics.jsonl", [{"step": 0, "K": 2, "phase": "sft"}, *rows])
+        arms[str(run)] = ("PTE", {"seed": seed})
+    arms["base"] = ("no training", None)
+    first, second, base = evaluate.learning_curves(arms)
+    assert base == {} and list(first) == ["PTE, K = 2"]
+    curve = evaluate.mean_curve([first["PTE, K = 2"], second["PTE, K = 2"]])
+    assert curve == pytest.approx({20: 0.4, 40: 0.4})
+    title, line = evaluate.text_chart("accuracy", {"PTE": curve}).splitlines()
+    assert title.split() == ["accuracy", "20", "40"] and line.split() == ["PTE", "40", "40"]

@@ -9,7 +9,7 @@ import torch
 from conftest import (DELTA, EOS, KINDS, NEVER, PLAIN, logits_by_hand, name_of, rows_of,
                       tiny_encoder, tiny_model, tiny_prompts)
 from model import UserError
-from rollout import RecordedStep, generate, generate_in_parts, sample
+from rollout import RecordedStep, generate, generate_in_parts, inspect_memory, sample
 
 PROMPTS = tiny_prompts(3, 7, 1, 5)                              # all but one are padded
 UNTIL_24 = dict(max_new_tokens=24, window=8)                    # 2 leave at a time: 8 evictions
@@ -193,3 +193,18 @@ def test_a_recording_that_fails_is_a_warning(monkeypatch):
     with pytest.warns(UserWarning, match="no memory left") as warned:
         slow = generate(model, encoder, PROMPTS, **UNTIL_24)
     assert len(warned) == 1 and torch.equal(slow.tokens, plain.tokens)
+
+@pytest.mark.parametrize("kind", [DELTA, PLAIN], ids=name_of)
+def test_a_look_inside_the_memory(kind):
+    """Row 0 goes through the response as it was sampled; row j differs once eviction j is missing."""
+    model, encoder = policy("pte", **kind)
+    rollout = generate(model, encoder, PROMPTS[:1], **UNTIL_24)
+    logps, evictions = inspect_memory(model, encoder, rollout)
+    assert logps.shape == (9, 24) and len(evictions) == 8
+    torch.testing.assert_close(logps[0], rollout.logps[0], atol=1e-4, rtol=1e-4)
+    for j, eviction in enumerate(evictions, start=1):
+        first = 8 + 2 * (j - 1) + 1                         # the first token drawn after it
+        torch.testing.assert_close(logps[j, :first], logps[0, :first], atol=1e-4, rtol=1e-4)
+        assert (logps[j, first:] - logps[0, first:]).abs().max() > 1e-3
+        assert eviction["tokens"] == rollout.tokens[0, 2 * (j - 1):2 * j].tolist()
+        assert sum(eviction["taken"]) == pytest.approx(1)
