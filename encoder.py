@@ -8,21 +8,23 @@ in the code q = q_g @ W_Q, k = K_e @ W_K, v = V_e @ W_V),
     S' = 2 / (R sqrt(E)) (W_Q q_g) (W_K K_e)^T (W_V V_e)     --memory-order paper
     S' = 2 / (R sqrt(E)) (W_Q q_g) (W_V V_e)^T (W_K K_e)     --memory-order keys-match (ours)
 
-is what one eviction adds. Keys and values are divided by their RMS first, token by token, so in
-every model S' is about twice the size of the memory. (Ours: with 1 / sqrt(R E) and no RMS it was 15
-times the size on SmolLM2, and each eviction erased what was there.) M learnable global tokens h_g
-(M, KV*D) in the place of K_e and V_e give S_0, normalized, which the memory starts as. Then, at
-each eviction, --memory-update says how S' joins the memory (one function each, below):
+is made of the E tokens that leave at once. Keys and values are divided by their RMS first, token by
+token, so in every model S' is about twice the size of S_0. (Ours: with 1 / sqrt(R E) and no RMS it
+was 15 times the size on SmolLM2, and each eviction erased what was there.) M learnable global
+tokens h_g (M, KV*D) in the place of K_e and V_e give S_0, normalized, which the memory starts as.
+--memory-update says how an eviction joins the memory (one function each, below):
 
     paper    memory <- Normalize(memory + S')           what is old fades at every eviction
     sum      memory <- memory + S'                      all evictions weigh alike
-    gated    memory <- decay * memory + S' of 2 gate_e V_e, gate_e = sigmoid(w [K_e, V_e])
-    delta    memory <- memory + gate_e (S' - what the memory answers already), token by token
+    gated    memory <- decay * memory + S' of (2 gate V_e)
+    delta    for each token:  memory <- memory + gate (a - memory m) m^T
+             m: its key W_K K_e, with norm 1; a = 2 / sqrt(R E) (W_Q q_g)(W_V V_e): what the memory
+             should answer to m. So the new answer replaces the old one, as far as gate goes
 
-The last three are ours. The gate decides for each token whether it is worth remembering; the decay,
-one number per row of the memory, starts at 0.98. delta is the rule of DeltaNet (Schlag et al. 2021)
-and the default: the memory does not fill up, because what is written replaces what was answered to
-the same keys before.
+The last three are ours. gate = sigmoid(w [K_e, V_e]), 1/2 at the start, decides for each token
+whether it is worth remembering; decay, one number per row of the memory, starts at 0.98. delta is
+the rule of DeltaNet (Schlag et al. 2021) and the default: the memory does not fill up, because what
+is written replaces what was answered to similar keys before.
 
 The linear layers read S = Normalize(memory): each of its R rows scaled to norm 1. Every linear
 layer y = W x of a block becomes
@@ -214,7 +216,7 @@ class ThoughtEncoder(nn.Module):
         return found
 
 def attach(model, adapter="pte", rank=32, global_tokens=32, alpha=32.0, memory_order="keys-match",
-           memory_update="paper", memory_keys="rotated"):
+           memory_update="delta", memory_keys="rotated"):
     """Freezes the model and puts an AdaptedLinear in the place of every linear of its blocks.
 
     Returns the ThoughtEncoder that holds everything to be trained, on the model's device."""

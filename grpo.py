@@ -19,14 +19,13 @@ stay the same, so a response is replayed in segments, each one causal forward pa
 
 A segment reads the keys and values that earlier segments have cached, made under their own states.
 They are never made anew under a newer state: that is why the ratio is 1 before the first update
-(`logp_gap` measures it). They are constants, so each segment has its own backward pass,
-after which its activations are freed.
+(`logp_gap` measures it). They are constants (no gradient flows through them into an earlier
+segment), so each segment has its own backward pass, after which its activations are freed.
 
 The gradient of the encoder (h_g, q_g, W_Q ...) is nevertheless exact, given these constants. S_j
 enters its segment as a leaf, which collects the gradient of the loss: R x R numbers per layer and
 row. At the end one backward pass through the short chain S_0 -> S_1 -> S_2 ... carries it on to the
-parameters.
-For that only the evicted keys and values are kept.
+parameters. For that only the memories and the evicted keys and values are kept.
 
 What differs from other GRPO code:
 1. The loss is DAPO's mean over the tokens of the step, not GRPO's mean over responses of means
@@ -135,8 +134,8 @@ def replay_and_backward(model, encoder, rollout, rows, token_loss, truncate_memo
     truncate_memory: the gradient of a segment goes through the eviction before it and no further.
     Then nothing is kept between segments: a long response needs no more memory than a short one.
 
-    Returns sums over the evictions of all rows, a tensor: the mean |S'| / |memory before|, the mean
-    cosine of the memory before and after, and the number of evictions."""
+    Returns sums over the evictions of all rows, a tensor: the mean |written| / |memory before|, the
+    mean cosine of the memory before and after, and the number of evictions."""
     T = int(rollout.lengths[rows].max())
     tokens = rollout.tokens[rows, :T]                                           # (b, T)
     prompts, prompt_of = rollout.prompt_of[rows].unique(return_inverse=True)    # (n,), (b,)
@@ -184,8 +183,8 @@ def replay_and_backward(model, encoder, rollout, rows, token_loss, truncate_memo
 
 @torch.no_grad()
 def memory_change(before, write, after):
-    """What an eviction did to each row's memory, (b, 3): |S'| / |memory before| and the cosine of
-    the memory before and after, means over layers and rows of the memory; and 1, to count."""
+    """What an eviction did to each row's memory, (b, 3): |written| / |memory before| and the cosine
+    of the memory before and after, means over layers and rows of the memory; and 1, to count."""
     size = before.norm(dim=-1)                                                  # (L, b or 1, R)
     ratio = torch.where(size > 0, write.norm(dim=-1) / size, 0)                 # (L, b, R)
     cosine = F.cosine_similarity(before, after, dim=-1)                         # (L, b, R)
@@ -252,12 +251,12 @@ def response_mask(rollout, rows, columns):
 
 def update_weights(encoder, optimizer, loss, config, all_reduce):
     """Adds up the gradients of all processes and takes a step, unless loss or gradient are not
-    finite. Returns the norms of the gradient: of all, of the encoder, of A and B."""
+    finite. Returns the norms of the gradient before clipping, and whether it was skipped."""
     for parameter in encoder.trainable_parameters():
         all_reduce(parameter.grad)
     norms = []
     for parameters in (encoder.parameters(recurse=False), encoder.linears.parameters()):
-        grads = [p.grad for p in parameters if p.grad is not None]
+        grads = [p.grad for p in parameters if p.grad is not None]      # the frozen base has none
         norms.append(torch.stack([grad.norm() for grad in grads]).norm() if grads else 0.0)
     norms.append(torch.nn.utils.clip_grad_norm_(encoder.trainable_parameters(),
                                                 config.max_grad_norm))
@@ -319,7 +318,7 @@ def sft_step(model, encoder, optimizer, rollout, config, all_reduce=lambda tenso
     all_reduce(n_tokens)
     zero_gradients(encoder)
     sums = torch.zeros(4, device=n_tokens.device)
-    for rows in micro_batches(rollout, torch.ones_like(rollout.lengths), config.micro_batch):
+    for rows in micro_batches(rollout, None, config.micro_batch, all_rows=True):
         def token_loss(logps, columns):
             mask = response_mask(rollout, rows, columns)                        # (b, t)
             loss = -(logps * mask).sum() / n_tokens

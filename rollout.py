@@ -247,8 +247,9 @@ def inspect_memory(model, encoder, rollout):
     sampled, row j without its j-th eviction.
 
     Returns logps (n + 1, T) of the response's tokens, and for each eviction a dict: "tokens", what
-    left (ids); "cosine" and "size" of the change, of the state and of S' over the memory, (L,);
-    "taken" (E,), the share of the queries that took most from each of these tokens."""
+    left (ids); "cosine" of S before and after, and "size", |written| / |memory before|, one for
+    each layer; "taken" (E,), the share of the queries whose answer is largest for each of these
+    tokens, times its gate."""
     assert len(rollout.lengths) == 1
     ids = rollout.tokens[0, :rollout.lengths[0]]                                    # (T,)
     n = rollout.n_evictions()[0].item()
@@ -270,17 +271,19 @@ def inspect_memory(model, encoder, rollout):
             leaving = cache.token_at[cache.slots_to_evict()] - cache.P              # (E,)
             K_e, V_e, positions = cache.evict()
             updated, write = encoder.update(memory, K_e, V_e, positions)
-            q, match, answer, _ = encoder.project(K_e[:, :1], V_e[:, :1], positions[:1])
-            taken = (answer @ q.mT).abs() * match.norm(dim=-1, keepdim=True)        # (L, 1, E, R)
+            q, _, answer, gate = encoder.project(K_e[:, :1], V_e[:, :1], positions[:1])
+            taken = (answer @ q.mT).abs() * (1 if gate is None else gate)           # (L, 1, E, R)
             most = taken.argmax(dim=2).flatten().bincount(minlength=len(leaving))   # (E,)
-            before, after = encoder.state(memory)[:, 0], encoder.state(updated)[:, 0]
+            before = encoder.state(memory)[:, 0]                                    # (L, R, R)
+            after = encoder.state(updated)[:, 0]                                    # (L, R, R)
+            size = memory[:, 0].norm(dim=(1, 2)).clamp(min=1e-9)                    # (L,)
             evictions.append({
                 "tokens": ids[leaving.to(ids.device)].tolist(),
                 "cosine": F.cosine_similarity(before, after, dim=-1).mean(dim=-1).tolist(),
-                "size": (write[:, 0].norm(dim=(1, 2)) / memory[:, 0].norm(dim=(1, 2))).tolist(),
+                "size": (write[:, 0].norm(dim=(1, 2)) / size).tolist(),
                 "taken": (most / most.sum()).tolist()})
-            keeps = (rows == len(evictions))[:, None, None]                         # this one not
-            memory = torch.where(keeps, memory, updated)                        # (L, n + 1, R, R)
+            skips = (rows == len(evictions))[:, None, None]             # row j skips eviction j
+            memory = torch.where(skips, memory, updated)                        # (L, n + 1, R, R)
         hidden = model.hidden(token.expand(n + 1, 1), cache, encoder.state(memory))[:, 0]
     return torch.stack(logps, dim=1), evictions
 
@@ -299,10 +302,10 @@ def show_memory(model, encoder, tokenizer, rollout, plot=""):
               f"took most from each token: {', '.join(left)}")
         for name in ("size", "cosine"):
             print(f"    {name} by layer: {' '.join(f'{x:.2f}' for x in eviction[name])}")
-        loss = probabilities[0] - probabilities[j]                                  # (T,)
+        drop = probabilities[0] - probabilities[j]                                  # (T,)
         worst = [f"{texts[t]!r} (token {t}) {probabilities[0, t]:.0%} -> {probabilities[j, t]:.0%}"
-                 for t in loss.argsort(descending=True)[:3].tolist() if loss[t] > 0.01]
-        print(f"    without it: {', '.join(worst) or 'no token loses more than 1 %'}")
+                 for t in drop.argsort(descending=True)[:3].tolist() if drop[t] > 0.01]
+        print(f"    without it: {', '.join(worst) or 'no token loses more than 1 point'}")
     if plot:
         import matplotlib.pyplot as plt
         figure, axes = plt.subplots(figsize=(0.3 * len(texts) + 2, 0.3 * len(evictions) + 2))
