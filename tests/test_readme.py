@@ -1,13 +1,13 @@
 """The README: each flag that it names exists, what it quotes is what the code prints, and each file
 and function that it points to is there."""
 import re
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
+import example
 from train import Config
 
 ROOT = Path(__file__).parent.parent
@@ -31,9 +31,10 @@ def test_every_flag_in_a_command_exists(script):
             named |= {word for word in words if word.startswith("--")} - {"--nproc_per_node=4"}
     assert named and named <= known
 
-def test_the_eviction_by_hand_is_what_the_command_prints():
-    printed = subprocess.run([sys.executable, ROOT / "tests/example.py"], capture_output=True,
-                             text=True, check=True).stdout
+def test_the_eviction_by_hand_is_what_the_command_prints(capsys):
+    with torch.no_grad():
+        example.main()
+    printed = capsys.readouterr().out
     numbers = re.findall(r"\[ +-?\d\.\d\d +-?\d\.\d\d\]", printed)
     section = README.split("## 3. ")[1].split("## 4. ")[0]
     assert len(numbers) > 10
