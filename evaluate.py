@@ -506,11 +506,11 @@ def table_row(arm, window, models, sets, records, grader):
             if name == problem_set.score:
                 shown_columns.append(column)
     row["average"] = interval(shown_columns)
-    row["by_evictions"] = {}                                    # accuracy of parts of answers
-    for n, right in sorted(pair for record in mine if "survived" in record
-                           for pair in zip(record["survived"], record["parts"])):
-        row["by_evictions"].setdefault(n, []).append(right)
-    row["by_evictions"] = {n: float(np.mean(x)) for n, x in row["by_evictions"].items()}
+    outlived = {}                               # evictions: whether the parts of answers are right
+    for record in mine:
+        for n, right in zip(record.get("survived", []), record.get("parts", [])):
+            outlived.setdefault(n, []).append(right)
+    row["by_evictions"] = {n: float(np.mean(outlived[n])) for n in sorted(outlived)}
     return row
 
 def markdown(rows, sets):
@@ -551,8 +551,11 @@ def learning_curves(arms):
     found = []
     for folder, (arm, config) in arms.items():
         path = Path(folder, "metrics.jsonl")
+        lines = []
+        if config and path.exists():
+            lines = path.read_text().splitlines()
         bins = {}
-        for line in path.read_text().splitlines() if config and path.exists() else []:
+        for line in lines:
             metrics = json.loads(line)
             if "accuracy" in metrics:
                 label = arm if metrics["K"] is None else f"{arm}, K = {metrics['K']}"

@@ -372,7 +372,7 @@ def main():
     print(f"{n_tokens} tokens, {n_tokens / (time.time() - start):.1f} tokens/s, "
           f"{rollout.n_evictions()[0].item()} evictions, cache {rollout.cache_mb:.3f} MB",
           file=sys.stderr)
-    if args.show_memory:
+    if args.show_memory or args.plot:
         show_memory(model, encoder, tokenizer, rollout, args.plot)
 
 if __name__ == "__main__":

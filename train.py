@@ -2,7 +2,7 @@
 
     python train.py                    a tiny world: minutes on a laptop, no download, no GPU
     python train.py --adapter lora     the same window, without thought encoding
-    python train.py --world long       up to six sums to remember: 15 evictions
+    python train.py --world long       up to six sums to remember, for 14 evictions
     python train.py --model DIR --data gsm8k_train.jsonl --out runs/mine         a real model
 
 Each step: take some problems, sample a group of responses to each under the window (rollout.py),
@@ -212,7 +212,7 @@ class Tally:
         return float(np.mean(right_parts(problem, extract_answer(text)))) if ended else 0.0
 
 class LongTally(Tally):
-    """Up to six lists: the first of six sums must outlive 15 evictions."""
+    """Up to six lists: the first of six sums must outlive 14 evictions."""
     counts = (1, 2, 3, 4, 5, 6)
     stages = {0: (2, 2, 2, 1), 50: (3, 3, 2, 1), 90: (4, 4, 3, 2), 130: (5, 5, 4, 3),
               180: (6, 6, 5, 4), 240: (6, 6, 5, 3)}
